@@ -1,0 +1,50 @@
+# Everything a newcomer needs: make demo · make test. `make help` lists the rest.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: help install demo test lint bench gpu kernels-check clean
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# On a machine without an NVIDIA driver the CPU build of torch is tried first: it is 200 MB instead of several GB.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/.torch: | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null \
+	|| { ! command -v nvidia-smi >/dev/null && $(BIN)/pip install -q --retries 0 --timeout 15 $(TORCH) \
+	     --index-url https://download.pytorch.org/whl/cpu 2>/dev/null; } \
+	|| $(BIN)/pip install -q $(TORCH)
+	@touch $@
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*)
+	$(BIN)/pip install -q 'setuptools>=77' wheel
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## .venv with torch, the compiled kernels, genrec and the development tools
+
+demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about five minutes
+	BIN=$(BIN) RUN=$(RUN) sh examples/movielens.sh
+
+test: install  ## every test, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## the operators against plain PyTorch
+	$(BIN)/python -m pytest bench --benchmark-only
+
+gpu: install  ## the kernel tests on a CUDA device
+	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device found; expected one')"
+	GENREC_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+
+kernels-check: install  ## which kernels are native here, and whether they agree with the float64 reference
+	$(BIN)/genrec doctor --check true
+
+clean:  ## remove everything that make built
+	rm -rf $(VENV) build *.egg-info genrec/*.so .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,85 @@
+"""The `genrec` command: one module a subcommand, each with a `Config` dataclass and `run(config)`.
+
+Exit codes: 0 done · 1 unexpected failure · 2 wrong arguments, configuration or input · 3 the machine refused (disk
+full, no permission, directory in use) · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+COMMANDS = {
+    "features": "raw event logs → event sequences, vocabulary and item features (Parquet)",
+    "tokenize": "item features → semantic ids (RQ-VAE)",
+    "train": "sequences and semantic ids → UGT weights: pretrain, finetune, align",
+    "evaluate": "Recall and NDCG of a trained model beside its baselines, and a report to look at",
+    "recommend": "what to show next to a user of the log, or after a history you type",
+    "doctor": "versions, which kernels are native, what the machine has",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. Every expected failure is one sentence on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    command = argv[0]
+    if command not in COMMANDS:
+        return _fail("genrec", f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
+    try:
+        return _run(command, argv[1:])
+    except KeyboardInterrupt:
+        return _fail(f"genrec {command}", "interrupted", 130)
+    except (PermissionError, BlockingIOError) as error:
+        return _fail(f"genrec {command}", str(error), 3)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        return _fail(f"genrec {command}", str(error), 2)
+    except OSError as error:
+        return _fail(f"genrec {command}", str(error), 3)
+    except Exception as error:
+        return _fail(f"genrec {command}", f"unexpected {type(error).__name__}: {error}", 1)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    try:
+        module = importlib.import_module(f"genrec.cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _fail(f"genrec {command}", "PyTorch is not installed; pip install 'torch>=2.11,<2.14' "
+                     "(add --index-url https://download.pytorch.org/whl/cpu on a machine without a GPU)", 2)
+    module.run(_parse(command, module, argv))
+    return 0
+
+
+def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
+    """The module's Config from --config files and --key values, in the order given; unknown keys are refused."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help
+    parser = ArgumentParser(prog=f"genrec {command}", description=module.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these keys; later arguments win")
+    parser.add_class_arguments(module.Config)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise ValueError(f"{error} (genrec {command} --help lists the keys)") from None
+    return module.Config(**{name: values[name] for name in module.Config.__dataclass_fields__})
+
+
+def _fail(where: str, message: str, code: int) -> int:
+    if os.environ.get("GENREC_DEBUG"):
+        traceback.print_exc()
+    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"usage: genrec COMMAND [--config FILE] [--key value ...]\n\n{rows}\n\ngenrec COMMAND --help explains its keys."

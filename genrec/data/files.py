@@ -57,7 +57,9 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"{directory} is in use by another run; wait for it or choose another directory") from None
+            raise BlockingIOError(
+                f"{directory} is in use by another run; wait for it or choose another directory"
+            ) from None
         yield
 
 

@@ -1,0 +1,85 @@
+"""What `genrec features` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    events: Path
+    """The event log: .csv, .tsv, .jsonl, RecBole .inter, X.inter.json (user → items in time order), or .txt with one
+    line a user (user item item …)."""
+    out: Path
+    """Directory to write."""
+    items: Path | None = None
+    """The item file (.csv, .tsv, .jsonl, RecBole .item or X.item.json); without it items have no text."""
+    overwrite: bool = False
+    """Replace `out` if it holds something."""
+    user: str | None = None
+    """Column of the user id; recognised by its usual names if not given."""
+    item: str | None = None
+    """Column of the item id, in both files; recognised by its usual names if not given."""
+    rating: str | None = None
+    """Column of the rating; recognised by its usual names if not given, "" for none."""
+    time: str | None = None
+    """Column of the time (unix seconds, milliseconds or finer); recognised if not given, "" for file order."""
+    action: str | None = None
+    """Column that names the behaviour (view, buy, …) and becomes the action token; without it the rating does."""
+    context: list[str] = field(default_factory=list)
+    """Columns of the log that become context tokens, one token per column and event."""
+    title: str | None = None
+    """Column of the item file to show to people; recognised by its usual names if not given."""
+    text: list[str] | None = None
+    """Columns of the item file to make text features from; every column that is not numbers if not given."""
+    max_malformed: int = 0
+    """Refuse the input when more lines than this are malformed; up to it they are skipped and reported."""
+    min_events: int = 3
+    """Drop users with fewer events."""
+    max_events: int = 200
+    """Keep this many last events of every user."""
+    min_count: int = 1
+    """Items, actions and context values seen fewer times become the out-of-vocabulary id 0."""
+    include_unseen: bool = False
+    """Also keep items of the item file that the log never mentions, so that they can be recommended."""
+    holdout: int = 2
+    """Last events of every user that item counts and co-occurrence must not see: validation and test."""
+    rating_buckets: int = 10
+    """Most action tokens made from ratings: one per distinct rating, or as many quantiles if there are more."""
+    text_dim: int = 128
+    """Feature dimensions from item text; all of text_dim + cooccurrence_dim where nothing co-occurs."""
+    cooccurrence_dim: int = 128
+    """Feature dimensions from what is consumed close together; all of both where items have no text."""
+    text_encoder: Literal["tfidf", "minilm"] = "tfidf"
+    """tfidf: word 1–2-grams and SVD. minilm: sentence embeddings and SVD, needs pip install 'genrec[text]'."""
+    window: int = 5
+    """Two events this close in a history co-occur, with weight 1 / distance."""
+    seed: int = 0
+    """Seed of the randomised SVD."""
+    rows_per_file: int = 100_000
+    """Users per Parquet file."""
+    threads: int | None = None
+    """Threads of DuckDB; all if not given. The output does not depend on it."""
+    memory_limit: str | None = None
+    """Memory DuckDB may take before it spills to disk, such as 2GB; 80 % of the machine's if not given."""
+
+    def __post_init__(self) -> None:
+        least = {"max_malformed": 0, "min_events": 1, "max_events": 1, "min_count": 1, "holdout": 0}
+        least |= {"rating_buckets": 1, "text_dim": 0, "cooccurrence_dim": 0, "window": 1, "rows_per_file": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
+        if self.text_dim + self.cooccurrence_dim == 0:
+            raise ValueError("text_dim and cooccurrence_dim are both 0; expected at least one feature dimension")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; expected at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that decide the output: file names without folders, nothing about this machine."""
+        settings = asdict(self) | {"events": self.events.name, "items": self.items.name if self.items else None}
+        return {name: value for name, value in settings.items() if name not in _NOT_CONTENT}
+
+
+_NOT_CONTENT = {"out", "overwrite", "threads", "memory_limit"}

@@ -1,0 +1,192 @@
+"""Event sequences from disk, and the ways training and evaluation cut them. All cuts are plain numpy, without loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from genrec.interfaces import OOV, EventSequences, TokenType
+
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("type_ids", pa.list_(pa.int8())),
+        ("positions", pa.list_(pa.int32())),
+        ("item_ids", pa.list_(pa.int32())),
+        ("ratings", pa.list_(pa.float32())),
+        ("timestamps", pa.list_(pa.int64())),
+    ]
+)
+
+
+def load_sequences(directory: Path | str) -> EventSequences:
+    """The sequences that `genrec features` wrote into `directory`, all files in order.
+
+    Raises FileNotFoundError if a file is missing, ValueError if one is not what it should be.
+    """
+    tables = [_read_part(path) for path in _part_files(Path(directory) / "sequences")]
+    table = pa.concat_tables(tables).combine_chunks()
+    cu_tokens, token_ids = _flatten(table, "token_ids")
+    cu_events, item_ids = _flatten(table, "item_ids")
+    return EventSequences(
+        user_ids=np.array(table["user_id"].to_pylist(), dtype=np.object_),
+        cu_tokens=cu_tokens,
+        token_ids=token_ids,
+        type_ids=_flatten(table, "type_ids")[1],
+        positions=_flatten(table, "positions")[1],
+        cu_events=cu_events,
+        item_ids=item_ids,
+        ratings=_flatten(table, "ratings")[1],
+        timestamps=_flatten(table, "timestamps")[1],
+    )
+
+
+def to_table(sequences: EventSequences) -> pa.Table:
+    """One row per user, as `load_sequences` reads it; ratings that are NaN become null."""
+    ratings = pa.array(sequences.ratings, pa.float32(), from_pandas=True)
+    columns = [
+        pa.array(sequences.user_ids, pa.string()),
+        _lists(sequences.cu_tokens, pa.array(sequences.token_ids, pa.int32())),
+        _lists(sequences.cu_tokens, pa.array(sequences.type_ids, pa.int8())),
+        _lists(sequences.cu_tokens, pa.array(sequences.positions, pa.int32())),
+        _lists(sequences.cu_events, pa.array(sequences.item_ids, pa.int32())),
+        _lists(sequences.cu_events, ratings),
+        _lists(sequences.cu_events, pa.array(sequences.timestamps, pa.int64())),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def leave_out(sequences: EventSequences, n: int) -> tuple[EventSequences, NDArray[np.int32]]:
+    """Hide the last n events of every user: (what is left, targets (U,) int32).
+
+    targets[u] is the item of the first hidden event, event −n. Rows stay aligned with `sequences`: a user with fewer
+    than n events keeps an empty history and target 0 (OOV), so leave out users whose target is 0 when you score.
+    Raises ValueError if n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; expected at least 1 event to leave out")
+    ends = sequences.cu_events[1:]
+    long_enough = np.diff(sequences.cu_events) >= n
+    targets = np.full(len(sequences), OOV, np.int32)
+    targets[long_enough] = sequences.item_ids[ends[long_enough] - n]
+    return _keep_events(sequences, _events_from_end(sequences) > n), targets
+
+
+def last_events(sequences: EventSequences, n: int) -> EventSequences:
+    """Only the last n events of every user, numbered from 0 again. Raises ValueError if n < 0."""
+    if n < 0:
+        raise ValueError(f"n is {n}; expected 0 or more events to keep")
+    return _keep_events(sequences, _events_from_end(sequences) <= n)
+
+
+def take_users(sequences: EventSequences, users: NDArray[np.integer]) -> EventSequences:
+    """The users at these row numbers, in this order; IndexError if one does not exist."""
+    users = np.asarray(users, dtype=np.int64)
+    if users.size and (users.min() < 0 or users.max() >= len(sequences)):
+        raise IndexError(f"users must lie in 0 … {len(sequences) - 1}; got {users.min()} … {users.max()}")
+    tokens, cu_tokens = _ranges(sequences.cu_tokens, users)
+    events, cu_events = _ranges(sequences.cu_events, users)
+    return EventSequences(
+        user_ids=sequences.user_ids[users],
+        cu_tokens=cu_tokens,
+        token_ids=sequences.token_ids[tokens],
+        type_ids=sequences.type_ids[tokens],
+        positions=sequences.positions[tokens],
+        cu_events=cu_events,
+        item_ids=sequences.item_ids[events],
+        ratings=sequences.ratings[events],
+        timestamps=sequences.timestamps[events],
+    )
+
+
+def filter_token_types(sequences: EventSequences, types: Iterable[TokenType]) -> EventSequences:
+    """Only tokens of these types; item tokens always stay. Events are untouched."""
+    keep = np.isin(sequences.type_ids, [int(TokenType.ITEM), *(int(token_type) for token_type in types)])
+    return replace(
+        sequences,
+        cu_tokens=_count_before(keep)[sequences.cu_tokens],
+        token_ids=sequences.token_ids[keep],
+        type_ids=sequences.type_ids[keep],
+        positions=sequences.positions[keep],
+    )
+
+
+def _keep_events(sequences: EventSequences, keep: NDArray[np.bool_]) -> EventSequences:
+    """Only the events that `keep` (E,) marks, with their tokens; events are numbered anew."""
+    before = _count_before(keep)
+    user_of_token = np.repeat(np.arange(len(sequences)), np.diff(sequences.cu_tokens))
+    event_of_token = sequences.cu_events[user_of_token] + sequences.positions
+    keep_token = keep[event_of_token]
+    new_positions = before[event_of_token] - before[sequences.cu_events[user_of_token]]
+    return EventSequences(
+        user_ids=sequences.user_ids,
+        cu_tokens=_count_before(keep_token)[sequences.cu_tokens],
+        token_ids=sequences.token_ids[keep_token],
+        type_ids=sequences.type_ids[keep_token],
+        positions=new_positions[keep_token].astype(np.int32),
+        cu_events=before[sequences.cu_events],
+        item_ids=sequences.item_ids[keep],
+        ratings=sequences.ratings[keep],
+        timestamps=sequences.timestamps[keep],
+    )
+
+
+def _events_from_end(sequences: EventSequences) -> NDArray[np.int64]:
+    """(E,) 1 for the last event of a user, 2 for the one before, …"""
+    ends = np.repeat(sequences.cu_events[1:], np.diff(sequences.cu_events))
+    return ends - np.arange(len(sequences.item_ids))
+
+
+def _count_before(keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(len + 1,) how many are kept before each place."""
+    return np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+
+
+def _ranges(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the elements of these rows one after the other, and the offsets of the result."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    new_offsets = np.concatenate([[0], np.cumsum(lengths)])
+    shift = np.repeat(offsets[rows] - new_offsets[:-1], lengths)
+    return np.arange(new_offsets[-1]) + shift, new_offsets
+
+
+def _part_files(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob("part-*-of-*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"{directory} holds no part-*.parquet; expected the output of genrec features")
+    expected = int(paths[0].stem.rsplit("-", 1)[1])
+    if len(paths) != expected:
+        raise FileNotFoundError(
+            f"{directory} holds {len(paths)} of its {expected} part files; run genrec features again"
+        )
+    return paths
+
+
+def _read_part(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} is not a readable Parquet file; run genrec features again") from None
+    if not table.schema.equals(SCHEMA, check_metadata=False):
+        raise ValueError(
+            f"{path} has columns {table.schema.names}; expected {SCHEMA.names} as genrec features writes them"
+        )
+    return table
+
+
+def _flatten(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray]:
+    """(offsets (U + 1,), values) of a list column; null values of floats become NaN."""
+    lists = table[name].combine_chunks()
+    offsets = np.asarray(lists.offsets, dtype=np.int64)
+    return offsets - offsets[0], lists.flatten().to_numpy(zero_copy_only=False)
+
+
+def _lists(offsets: NDArray[np.int64], values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)

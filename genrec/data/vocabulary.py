@@ -1,0 +1,151 @@
+"""What the ids of every token type mean, and the one place where events become tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genrec.data.files import atomic_file
+from genrec.interfaces import EventSequences, TokenType
+
+# Seconds. The gap after which an event comes: none, up to 4 s, 16 s, 1 min, 4 min, 17 min, 1 h, 5 h, 18 h, 3 d, …, 2 years.
+GAP_EDGES = (0, *(4**power for power in range(14)))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of the four token types; 0 is "unknown" in each. A bucket id is the number of edges that are ≤ the value."""
+
+    items: int  # N, item ids are 1 … N
+    action_names: tuple[str, ...]  # action id − 1 → behaviour; empty where actions come from ratings
+    rating_edges: tuple[
+        float, ...
+    ]  # lower bounds of the rating buckets; empty where actions have names or there are none
+    gap_edges: tuple[int, ...]  # seconds, lower bounds of the gap buckets; empty where the log has no times
+    context: tuple[tuple[str, tuple[str, ...]], ...]  # (column, its values); ids run on from column to column
+    min_count: int
+
+    @property
+    def type_sizes(self) -> tuple[int, ...]:
+        """Number of ids per TokenType, the unknown one included; 1 for a type that the log does not have."""
+        actions = len(self.action_names) + len(self.rating_edges)
+        return (
+            1 + self.items,
+            1 + actions,
+            1 + len(self.gap_edges),
+            1 + sum(len(values) for _, values in self.context),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type_sizes": {t.name.lower(): size for t, size in zip(TokenType, self.type_sizes, strict=True)},
+            "special_ids": {"unknown": 0},
+            "action_names": list(self.action_names),
+            "rating_edges": list(self.rating_edges),
+            "gap_edges": list(self.gap_edges),
+            "context": [{"column": column, "values": list(values)} for column, values in self.context],
+            "min_count": self.min_count,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write vocabulary.json."""
+        with atomic_file(directory / "vocabulary.json") as path:
+            path.write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_vocabulary(directory: Path | str) -> Vocabulary:
+    """The vocabulary.json that `genrec features` wrote into `directory`."""
+    path = Path(directory) / "vocabulary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected the output of genrec features")
+    try:
+        value = json.loads(path.read_bytes())
+        return Vocabulary(
+            items=value["type_sizes"]["item"] - 1,
+            action_names=tuple(value["action_names"]),
+            rating_edges=tuple(value["rating_edges"]),
+            gap_edges=tuple(value["gap_edges"]),
+            context=tuple((column["column"], tuple(column["values"])) for column in value["context"]),
+            min_count=value["min_count"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a vocabulary ({error!r}); run genrec features again") from None
+
+
+def encode_events(
+    vocabulary: Vocabulary,
+    user_ids: NDArray[np.object_],
+    cu_events: NDArray[np.int64],
+    item_ids: NDArray[np.int32],
+    ratings: NDArray[np.float32] | None = None,
+    timestamps: NDArray[np.int64] | None = None,
+    actions: NDArray[np.int32] | None = None,
+    context: Sequence[NDArray[np.int32]] = (),
+) -> EventSequences:
+    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and one CONTEXT per column as far
+    as the vocabulary has them.
+
+    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions and each context (E,), context ids as in the
+    vocabulary. What is not given is unknown (id 0, rating NaN, timestamp 0).
+    """
+    events = len(item_ids)
+    ratings = np.full(events, np.nan, np.float32) if ratings is None else ratings
+    kinds = [(TokenType.ITEM, item_ids)]
+    if vocabulary.action_names:
+        kinds.append((TokenType.ACTION, np.zeros(events, np.int32) if actions is None else actions))
+    elif vocabulary.rating_edges:
+        kinds.append((TokenType.ACTION, rating_bucket(vocabulary.rating_edges, ratings)))
+    if vocabulary.gap_edges:
+        gaps = (
+            np.zeros(events, np.int32)
+            if timestamps is None
+            else gap_bucket(vocabulary.gap_edges, timestamps, cu_events)
+        )
+        kinds.append((TokenType.TIME, gaps))
+    for column in range(len(vocabulary.context)):
+        kinds.append((TokenType.CONTEXT, context[column] if context else np.zeros(events, np.int32)))
+    number = np.arange(events) - np.repeat(cu_events[:-1], np.diff(cu_events))
+    return EventSequences(
+        user_ids=user_ids,
+        cu_tokens=cu_events * len(kinds),
+        token_ids=np.stack([ids for _, ids in kinds], axis=1).astype(np.int32).ravel(),
+        type_ids=np.tile(np.array([kind for kind, _ in kinds], np.int8), events),
+        positions=np.repeat(number, len(kinds)).astype(np.int32),
+        cu_events=cu_events,
+        item_ids=item_ids,
+        ratings=ratings,
+        timestamps=np.zeros(events, np.int64) if timestamps is None else timestamps,
+    )
+
+
+def rating_edges(ratings: NDArray[np.float32], counts: NDArray[np.int64], most: int) -> tuple[float, ...]:
+    """Lower bounds of at most `most` buckets: the distinct ratings (ascending, with how often each was given), or
+    quantiles if there are more."""
+    if len(ratings) > most:
+        share = (np.cumsum(counts) - counts) / counts.sum()  # of the ratings below each distinct one
+        bucket = np.floor(share * most)
+        ratings = ratings[np.concatenate([[True], bucket[1:] != bucket[:-1]])]
+    return tuple(float(str(rating)) for rating in ratings)  # the shortest decimal that gives this float32 back
+
+
+def rating_bucket(edges: tuple[float, ...], ratings: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Number of edges ≤ rating; 0 where the rating is NaN."""
+    bucket = np.searchsorted(np.array(edges, np.float32), ratings, side="right")
+    return np.where(np.isnan(ratings), 0, bucket).astype(np.int32)
+
+
+def gap_bucket(
+    edges: tuple[int, ...], timestamps: NDArray[np.int64], cu_events: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Bucket of the seconds since the user's event before; 0 for the first event."""
+    gaps = np.diff(timestamps, prepend=timestamps[:1])
+    bucket = np.searchsorted(np.array(edges, np.int64), gaps, side="right").astype(np.int32)
+    starts = cu_events[:-1][np.diff(cu_events) > 0]
+    bucket[starts] = 0
+    return bucket

@@ -1,0 +1,85 @@
+"""The `genrec` operator library: one torch.library namespace, and the compiled kernels that register into it.
+
+Every operator is defined once and registers its plain PyTorch form for all devices. Compiled kernels register for their
+device key, which the dispatcher prefers, so nothing in Python ever chooses.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("genrec", "DEF")
+OPERATORS: list[str] = []  # every public operator, in the order of definition
+
+
+def define(
+    schema: str,
+    *,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define `genrec::<schema>`; `impl` runs on every device that has no kernel of its own.
+
+    Operators without a `backward` are the backward passes themselves: explicit formulas, differentiable once.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genrec::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"genrec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        OPERATORS.append(name)
+
+
+def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
+    """Under autocast, call the operator with the arguments that `cast(dtype, *args)` returns."""
+    operator = getattr(torch.ops.genrec, name).default
+    for device in ("cpu", "cuda"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def kernel(*args: Any, device: str = device, key: Any = key) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return operator(*cast(torch.get_autocast_dtype(device), *args))
+
+        LIBRARY.impl(name, kernel, f"Autocast{device.upper()}")
+
+
+def lower(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in autocast's dtype; float64 stays, as in torch's own rules."""
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def native_library() -> Path | None:
+    """The compiled CPU kernels beside the package, None where they were not built."""
+    package = Path(__file__).parent.parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (path := package / f"_C{suffix}").exists():
+            return path
+    return None
+
+
+def load_native() -> str | None:
+    """Load the compiled kernels; returns why not, None when they are loaded. Never raises."""
+    path = native_library()
+    if path is None:
+        return "the compiled kernels were not built; run pip install --no-build-isolation -e . with a C++ compiler"
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load into torch {torch.__version__} ({error}); build it again"
+    return None
+
+
+def native_operators(device: str) -> list[str]:
+    """Operators that have a kernel of their own on "cpu" or "cuda"; the others run as plain PyTorch there."""
+    return [
+        name for name in OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"genrec::{name}", device.upper())
+    ]

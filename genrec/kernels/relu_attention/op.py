@@ -1,0 +1,136 @@
+"""Registration of ReLU attention: genrec::relu_attention, genrec::relu_attention_varlen and their backward passes.
+
+The divisor n of a row arrives as three arguments: `divisors` (B,) if given, else `visible` counts the keys the row sees,
+else `divisor` if positive, else the number of keys of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genrec.kernels.library import define, lower, register_autocast
+from genrec.kernels.relu_attention import padded
+
+OPTIONS = "Tensor? key_limit, Tensor? rel_bias, Tensor? divisors, bool causal, float scale, float divisor, bool visible"
+PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+
+
+def _upcast(*tensors: Tensor | None) -> list[Any]:
+    """Half precision accumulates in float32."""
+    return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, key_limit: Tensor | None, rel_bias: Tensor | None,
+             divisors: Tensor | None, causal: bool, scale: float, divisor: float, visible: bool) -> Tensor:  # fmt: skip
+    batch = padded.dense_batch(q, k, key_limit, divisors, causal, divisor, visible)
+    qf, kf, vf, bias = _upcast(q, k, v, rel_bias)
+    return padded.forward(qf, kf, vf, bias, scale, batch).to(q.dtype)
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_limit: Tensor | None, rel_bias: Tensor | None,
+              divisors: Tensor | None, causal: bool, scale: float, divisor: float, visible: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    batch = padded.dense_batch(q, k, key_limit, divisors, causal, divisor, visible)
+    gradients = padded.backward(*_upcast(grad, q, k, v, rel_bias), scale, batch)
+    return _downcast(gradients, q, rel_bias)
+
+
+def _forward_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+                    max_seqlen_k: int, key_limit: Tensor | None, rel_bias: Tensor | None, divisors: Tensor | None,
+                    causal: bool, scale: float, divisor: float, visible: bool) -> Tensor:  # fmt: skip
+    rows = padded.Packing(cu_seqlens_q, q.shape[0], max_seqlen_q)
+    keys = padded.Packing(cu_seqlens_k, k.shape[0], max_seqlen_k)
+    batch = padded.packed_batch(rows, keys, key_limit, divisors, causal, divisor, visible)
+    qf, kf, vf, bias = _upcast(q, k, v, rel_bias)
+    out = padded.forward(rows.pad(qf), keys.pad(kf), keys.pad(vf), bias, scale, batch)
+    return rows.unpad(out).to(q.dtype)
+
+
+def _backward_varlen(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+                     max_seqlen_q: int, max_seqlen_k: int, key_limit: Tensor | None, rel_bias: Tensor | None,
+                     divisors: Tensor | None, causal: bool, scale: float, divisor: float,
+                     visible: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    rows = padded.Packing(cu_seqlens_q, q.shape[0], max_seqlen_q)
+    keys = padded.Packing(cu_seqlens_k, k.shape[0], max_seqlen_k)
+    batch = padded.packed_batch(rows, keys, key_limit, divisors, causal, divisor, visible)
+    gf, qf, kf, vf, bias = _upcast(grad, q, k, v, rel_bias)
+    grad_q, grad_k, grad_v, grad_bias = padded.backward(
+        rows.pad(gf), rows.pad(qf), keys.pad(kf), keys.pad(vf), bias, scale, batch
+    )
+    return _downcast((rows.unpad(grad_q), keys.unpad(grad_k), keys.unpad(grad_v), grad_bias), q, rel_bias)
+
+
+def _downcast(gradients: tuple[Tensor, Tensor, Tensor, Tensor | None], q: Tensor, rel_bias: Tensor | None) -> Any:
+    *inputs, grad_bias = gradients
+    bias = q.new_empty(0) if rel_bias is None or grad_bias is None else grad_bias.to(rel_bias.dtype)
+    return (*(g.to(q.dtype) for g in inputs if g is not None), bias)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _fake_backward(bias_position: int) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        rel_bias = options[bias_position]
+        bias = q.new_empty(0) if rel_bias is None else rel_bias.new_empty(rel_bias.shape)
+        return (*(x.new_empty(x.shape) for x in (q, k, v)), bias)
+
+    return fake
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.tensors = [position for position, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(inputs[position] for position in ctx.tensors))
+    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _differentiate(operator: str, bias_position: int) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs = list(ctx.inputs)
+        for position, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[position] = tensor
+        *gradients, grad_bias = getattr(torch.ops.genrec, operator)(grad, *inputs)
+        result = [*gradients, *[None] * (len(inputs) - 3)]
+        if ctx.needs_input_grad[bias_position]:
+            result[bias_position] = grad_bias
+        return tuple(result)
+
+    return backward
+
+
+def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Any, ...]:
+    """Autocast: queries, keys and values in its dtype; rel_bias and divisors as they are, for they meet float32 scores."""
+    return (*lower(dtype, q, k, v), *options)
+
+
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+define(
+    f"relu_attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> Tensor",
+    impl=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_differentiate("relu_attention_backward", 4),
+)
+define(
+    f"relu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {OPTIONS}) -> {GRADIENTS}",
+    impl=_backward,
+    fake=_fake_backward(1),
+)
+define(
+    f"relu_attention_varlen(Tensor q, Tensor k, Tensor v, {PACKED}, {OPTIONS}) -> Tensor",
+    impl=_forward_varlen,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_differentiate("relu_attention_varlen_backward", 8),
+)
+define(
+    f"relu_attention_varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {PACKED}, {OPTIONS}) -> {GRADIENTS}",
+    impl=_backward_varlen,
+    fake=_fake_backward(5),
+)
+register_autocast("relu_attention", _cast)
+register_autocast("relu_attention_varlen", _cast)

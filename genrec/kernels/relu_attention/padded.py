@@ -1,0 +1,152 @@
+"""ReLU attention on padded batches with explicit gradients: what runs where no compiled kernel does.
+
+    S = scale · Q Kᵀ + bias[d]     P = mask ⊙ relu(S)     O = P V / n
+    G = dO / n     dV = Pᵀ G     dS = (G Vᵀ) ⊙ [P > 0]     dQ = scale · dS K     dK = scale · dSᵀ Q     dbias[d] += dS
+
+Sequences of different lengths are padded at the FRONT: then i + Lk − Lq − j, the distance of a row and a key, is the same
+number in every sequence, and the bias of a whole batch is one (H, Lq, Lk) table. Half precision computes in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Which keys a padded row sees, and what its bias and its divisor are. Lq and Lk are padded lengths."""
+
+    first: Tensor  # (B or 1, 1) first key of the sequence
+    end: Tensor  # (B or 1, Lq) one past the last key the row sees; at most `first` where it sees none
+    anchor: Tensor  # (B or 1, Lq) the key at distance 0
+    divisor: Tensor | float  # (B, 1, Lq or 1, 1)
+
+
+def dense_batch(
+    q: Tensor, k: Tensor, key_limit: Tensor | None, divisors: Tensor | None, causal: bool, divisor: float, visible: bool
+) -> Batch:
+    length_q, length_k = q.shape[2], k.shape[2]
+    first = torch.zeros(1, 1, dtype=torch.int64, device=q.device)
+    lengths = torch.full((1, 1), length_k, dtype=torch.int64, device=q.device)
+    return _batch(first, lengths, length_q, length_k, key_limit, divisors, causal, divisor, visible)
+
+
+def _batch(
+    first: Tensor,
+    lengths: Tensor,
+    length_q: int,
+    length_k: int,
+    key_limit: Tensor | None,
+    divisors: Tensor | None,
+    causal: bool,
+    divisor: float,
+    visible: bool,
+) -> Batch:
+    diagonal = torch.arange(length_q, device=first.device)[None] + length_k - length_q
+    if key_limit is not None:
+        end = first + torch.minimum(key_limit.clamp(min=0), lengths)
+        anchor = end - 1
+    else:
+        end = (diagonal + 1).expand(first.shape[0], -1) if causal else torch.full_like(diagonal, length_k)
+        anchor = diagonal
+    n: Tensor | float = divisor
+    if divisors is not None:
+        n = divisors[:, None, None, None]
+    elif visible:
+        n = (end - first).clamp(min=1)[:, None, :, None]
+    elif not divisor:
+        n = lengths.clamp(min=1)[:, None, :, None]
+    return Batch(first, end, anchor, n)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch) -> Tensor:
+    """(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, Dv) → (B, H, Lq, Dv)"""
+    return _weights(q, k, rel_bias, scale, batch) @ v / _divisor(batch, q.dtype)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and rel_bias."""
+    weights = _weights(q, k, rel_bias, scale, batch)
+    grad = grad / _divisor(batch, q.dtype)
+    grad_v = weights.transpose(2, 3) @ grad
+    grad_scores = (grad @ v.transpose(2, 3)).masked_fill_(weights <= 0, 0)
+    grad_q = (grad_scores @ k).mul_(scale)
+    grad_k = (grad_scores.transpose(2, 3) @ q).mul_(scale)
+    grad_bias = None if rel_bias is None else _bias_gradient(grad_scores, rel_bias, batch)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def _divisor(batch: Batch, dtype: torch.dtype) -> Tensor | float:
+    return batch.divisor.to(dtype) if isinstance(batch.divisor, Tensor) else batch.divisor
+
+
+def _weights(q: Tensor, k: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch) -> Tensor:
+    scores = (q * scale) @ k.transpose(2, 3)
+    if rel_bias is not None:
+        scores += rel_bias[:, _distance(batch, k.shape[2], rel_bias.shape[1])].transpose(0, 1)
+    keys = torch.arange(k.shape[2], device=k.device)
+    hidden = (keys < batch.first[:, :, None]) | (keys >= batch.end[:, :, None])
+    return scores.masked_fill_(hidden[:, None], 0).relu_()
+
+
+def _distance(batch: Batch, length_k: int, size: int) -> Tensor:
+    keys = torch.arange(length_k, device=batch.anchor.device)
+    return (batch.anchor[:, :, None] - keys).abs_().clamp_(max=size - 1)
+
+
+def _bias_gradient(grad_scores: Tensor, rel_bias: Tensor, batch: Batch) -> Tensor:
+    distance = _distance(batch, grad_scores.shape[3], rel_bias.shape[1])
+    if distance.shape[0] == 1:
+        grad_scores = grad_scores.sum(0, keepdim=True)
+    rows = grad_scores.transpose(0, 1).flatten(1)
+    return torch.zeros_like(rel_bias).scatter_add_(1, distance.flatten().expand_as(rows), rows)
+
+
+class Packing:
+    """Where the tokens of packed sequences lie in a batch padded at the front to `length`."""
+
+    def __init__(self, cu_seqlens: Tensor, tokens: int, length: int) -> None:
+        cu_seqlens = cu_seqlens.long()
+        self.length = length
+        self.lengths = cu_seqlens.diff()[:, None]  # (B, 1)
+        self.first = length - self.lengths  # (B, 1)
+        token = torch.arange(tokens, device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)  # B for slack tokens
+        slack = sequence >= len(self.lengths)
+        ends = torch.cat([cu_seqlens[1:], cu_seqlens[-1:]])
+        slot = sequence * length + length - ends[sequence] + token
+        self.slot = torch.where(slack, len(self.lengths) * length, slot)  # slack tokens share one slot past the batch
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """(T, H, D) → (B, H, length, D)"""
+        batch = len(self.lengths)
+        padded = tokens.new_zeros(batch * self.length + 1, *tokens.shape[1:])
+        padded.index_copy_(0, self.slot, tokens)
+        return padded[:-1].view(batch, self.length, *tokens.shape[1:]).transpose(1, 2)
+
+    def pad_rows(self, values: Tensor) -> Tensor:
+        """(T,) → (B, length), one integer per token"""
+        return self.pad(values[:, None, None])[:, 0, :, 0]
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, H, length, D) → (T, H, D); slack tokens are 0"""
+        rows = padded.transpose(1, 2).flatten(0, 1)
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return rows.index_select(0, self.slot)
+
+
+def packed_batch(
+    rows: Packing,
+    keys: Packing,
+    key_limit: Tensor | None,
+    divisors: Tensor | None,
+    causal: bool,
+    divisor: float,
+    visible: bool,
+) -> Batch:
+    limit = None if key_limit is None else rows.pad_rows(key_limit)
+    return _batch(keys.first, keys.lengths, rows.length, keys.length, limit, divisors, causal, divisor, visible)

@@ -8,13 +8,11 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
+from genrec.data.files import atomic_file
+
 
 class MetricsLog:
-    """Append metrics to `<directory>/metrics.jsonl` and `<directory>/tensorboard/`.
-
-    A resumed run passes `resume_at`: lines of that stage from that step on were written by the part of the run that was
-    lost, and are dropped, so that the file reads as if nothing had happened.
-    """
+    """Append metrics to `<directory>/metrics.jsonl` and `<directory>/tensorboard/`."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -22,13 +20,22 @@ class MetricsLog:
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"))
 
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what an interrupted run logged of `stage` after `step`, so that the file reads as if it never stopped."""
+        kept = [row for row in read_metrics(self.path) if row["stage"] != stage or 0 < row["step"] <= step]
+        self._file.close()
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")
+
     def write(self, stage: str, step: int, **values: float | list[float]) -> None:
         """Log `values` at `step` of `stage`; lists (one number per level, per expert) become one curve an element."""
         self._file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, list):
-                self._board.add_scalars(f"{stage}/{name}", {str(i): v for i, v in enumerate(value)}, step)
+                for i, element in enumerate(value):
+                    self._board.add_scalar(f"{stage}/{name}/{i}", element, step)
             else:
                 self._board.add_scalar(f"{stage}/{name}", value, step)
 

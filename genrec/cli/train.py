@@ -1,0 +1,16 @@
+"""Train a UGT on event sequences and semantic ids: pretrain, finetune, align.
+
+Writes model.safetensors, model.json, metrics.jsonl and tensorboard/ into --out. A killed run goes on with --resume true
+and gives the same losses as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from genrec.training.config import TrainConfig as Config
+from genrec.training.run import train
+
+
+def run(config: Config) -> None:
+    model = train(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"trained {parameters:,} parameters → {config.out}")

@@ -1,0 +1,61 @@
+"""A trained model on disk: model.safetensors beside model.json, which says how to build and how to use it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from genrec.data.files import atomic_file
+from genrec.generation.recommender import RecommenderConfig
+from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
+
+
+def save_model(directory: Path, model: UGT, recommender: RecommenderConfig, **facts: Any) -> None:
+    """Write the weights, then model.json with the configuration and `facts` about the training."""
+    with atomic_file(directory / "model.safetensors") as temporary:
+        save_file(model.state_dict(), temporary)
+    record = {"model": asdict(model.config), "vocabulary": asdict(model.vocabulary), "recommender": asdict(recommender)}
+    with atomic_file(directory / "model.json") as temporary:
+        temporary.write_text(json.dumps({**record, **facts}, indent=1) + "\n")
+
+
+def load_model(directory: Path, device: str = "cpu") -> tuple[UGT, RecommenderConfig]:
+    """The model and how it recommends; ValueError or FileNotFoundError name the file that is missing or not right."""
+    record = read_model_json(directory)
+    try:
+        model = UGT(*_configs(record), torch.zeros(_codes_shape(record), dtype=torch.int64))
+        recommender = RecommenderConfig(**record["recommender"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / 'model.json'} is not a genrec model description ({error})") from None
+    try:
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{directory / 'model.safetensors'} does not hold the weights of model.json ({error})") from None
+    return model.to(device).eval(), recommender
+
+
+def read_model_json(directory: Path) -> dict[str, Any]:
+    path = directory / "model.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected the directory of a finished genrec train run")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+def _configs(record: dict[str, Any]) -> tuple[UGTConfig, ModelVocabulary]:
+    config = {**record["model"], "token_types": tuple(record["model"]["token_types"])}
+    sizes = record["vocabulary"]
+    vocabulary = ModelVocabulary(sizes["items"], tuple(sizes["codebook_sizes"]), tuple(sizes["type_sizes"]))
+    return UGTConfig(**config), vocabulary
+
+
+def _codes_shape(record: dict[str, Any]) -> tuple[int, int]:
+    return record["vocabulary"]["items"] + 1, len(record["vocabulary"]["codebook_sizes"])

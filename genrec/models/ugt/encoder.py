@@ -1,0 +1,41 @@
+"""The encoder: group norm → ReLU-aggregated attention → group norm → feed-forward, causal over the event tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from genrec.interfaces import TokenType
+from genrec.models.ugt.batch import TokenBatch
+from genrec.models.ugt.config import UGTConfig
+from genrec.models.ugt.layers import FeedForward, GroupLayerNorm, ReluAttention
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: UGTConfig) -> None:
+        super().__init__()
+        self.attention_norm = GroupLayerNorm(config.d_model, len(TokenType))
+        self.attention = ReluAttention(config.d_model, config.heads, config.rel_bias_size)
+        self.ffn_norm = GroupLayerNorm(config.d_model, len(TokenType))
+        self.ffn = FeedForward(config.d_model, config.d_ffn, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, update: Tensor, residual: Tensor | None, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.attention_norm(update, tokens.type_ids, residual)
+        update = self.dropout(self.attention.history(hidden, tokens.cu_seqlens, tokens.max_seqlen))
+        hidden, residual = self.ffn_norm(update, tokens.type_ids, residual)
+        return self.dropout(self.ffn(hidden)), residual
+
+
+class Encoder(nn.Module):
+    """Embedded tokens (T, D) → states (T, D); the state of a token has seen its own past and nothing else."""
+
+    def __init__(self, config: UGTConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = GroupLayerNorm(config.d_model, len(TokenType))
+
+    def forward(self, x: Tensor, tokens: TokenBatch) -> Tensor:
+        update, residual = x, None
+        for layer in self.layers:
+            update, residual = layer(update, residual, tokens)
+        return self.norm(update, tokens.type_ids, residual)[0]

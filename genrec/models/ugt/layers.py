@@ -1,0 +1,118 @@
+"""The parts that encoder and decoder share; every one of them is a thin wrapper over an operator of genrec.kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.kernels import group_layer_norm, moe_experts, moe_route, relu_attention, relu_attention_varlen
+
+
+class GroupLayerNorm(nn.Module):
+    """Layer norm with one affine per group of tokens, fused with the residual sum before it."""
+
+    def __init__(self, d_model: int, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(groups, d_model))
+        self.bias = nn.Parameter(torch.zeros(groups, d_model))
+
+    def forward(self, update: Tensor, group_ids: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """update (T, D), group_ids (T,), residual (T, D) or None → (normalised, residual + update), both (T, D)."""
+        if residual is None:
+            return group_layer_norm(update, group_ids, self.weight, self.bias), update
+        return group_layer_norm(update, group_ids, self.weight, self.bias, residual=residual)
+
+
+class ReluAttention(nn.Module):
+    """Multi-head ReLU-aggregated attention over packed sequences; each row averages over the keys it may see.
+
+    There is no norm between the aggregation and the output projection: with one, quality falls behind softmax.
+    """
+
+    def __init__(self, d_model: int, heads: int, rel_bias_size: int | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model)
+        self.rel_bias = nn.Parameter(torch.zeros(heads, rel_bias_size)) if rel_bias_size else None
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x (…, D) → (…, H, D / H)."""
+        return self.query(x).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (…, D) → k and v, each (…, H, D / H)."""
+        k, v = self.key_value(x).chunk(2, -1)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def history(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Causal self-attention: x (T, D) → (T, D)."""
+        k, v = self.keys_values(x)
+        out = relu_attention_varlen(
+            self.queries(x), k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            causal=True, rel_bias=self.rel_bias, normalizer="visible",
+        )  # fmt: skip
+        return self.output(out.flatten(1))
+
+    def memory(
+        self, x: Tensor, memory: tuple[Tensor, Tensor], cu_queries: Tensor, cu_keys: Tensor,
+        max_queries: int, max_keys: int, key_limit: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Cross-attention: row i of x (Tq, D) sees the first key_limit[i] keys of its sequence → (Tq, D)."""
+        out = relu_attention_varlen(
+            self.queries(x), *memory, cu_queries, cu_keys, max_queries, max_keys,
+            key_limit=key_limit, rel_bias=self.rel_bias, normalizer="visible",
+        )  # fmt: skip
+        return self.output(out.flatten(1))
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Causal self-attention over the codes of one item: x (M, levels, D) → (M, levels, D)."""
+        k, v = (t.transpose(1, 2) for t in self.keys_values(x))
+        out = relu_attention(self.queries(x).transpose(1, 2), k, v, causal=True, normalizer="visible")
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """The encoder's dense feed-forward layer."""
+
+    def __init__(self, d_model: int, d_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_hidden)
+        self.down = nn.Linear(d_hidden, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+class MixtureOfExperts(nn.Module):
+    """Dropless top-k SwiGLU experts, balanced without a loss term: a bias on the selection rises for idle experts and
+    falls for busy ones after every step (Wang et al. 2024, "Auxiliary-loss-free load balancing")."""
+
+    router_bias: Tensor
+    load: Tensor
+
+    def __init__(self, d_model: int, d_expert: int, experts: int, top_k: int, bias_rate: float = 1e-3) -> None:
+        super().__init__()
+        self.top_k, self.bias_rate = top_k, bias_rate
+        self.router_weight = nn.Parameter(torch.randn(experts, d_model) * d_model**-0.5)
+        self.w_gate_up = nn.Parameter(torch.randn(experts, 2 * d_expert, d_model) * d_model**-0.5)
+        self.w_down = nn.Parameter(torch.randn(experts, d_model, d_expert) * d_expert**-0.5)
+        self.register_buffer("router_bias", torch.zeros(experts))
+        self.register_buffer("load", torch.zeros(experts), persistent=False)  # share of the last batch, per expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, D) → (T, D)."""
+        logits = F.linear(x, self.router_weight)
+        weights, indices = moe_route(logits, self.top_k, bias=self.router_bias)
+        if torch.is_grad_enabled():  # a training step
+            ones = torch.ones(indices.numel(), dtype=self.load.dtype, device=x.device)
+            self.load.zero_().index_add_(0, indices.flatten(), ones).div_(indices.numel())
+        return moe_experts(x, weights, indices, self.w_gate_up, self.w_down)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move the selection bias one step against the load of the last batch."""
+        self.router_bias.add_(self.bias_rate * (self.load.mean() - self.load).sign())

@@ -1,0 +1,126 @@
+"""UGT, the unified generative transformer: event tokens in, the codes of the next item out, and an item head beside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.interfaces import TokenType
+from genrec.models.ugt.batch import TargetBatch, TokenBatch
+from genrec.models.ugt.config import ModelVocabulary, UGTConfig
+from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
+from genrec.models.ugt.encoder import Encoder
+
+
+class UGT(nn.Module):
+    """One table of code embeddings serves everywhere: an item is read as the sum of its codes and of a vector of its own,
+    the decoder reads codes from the same rows, and code and item logits are products with the same rows."""
+
+    codes: Tensor
+
+    def __init__(self, config: UGTConfig, vocabulary: ModelVocabulary, codes: Tensor) -> None:
+        """codes (N + 1, levels) int64: the semantic ids of the catalogue, row 0 (out of vocabulary) is not read."""
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        d_model, levels = config.d_model, len(vocabulary.codebook_sizes)
+        self.register_buffer("codes", codes)
+        self.item_embedding = nn.Embedding(vocabulary.items + 1, d_model)
+        self.code_embeddings = nn.ModuleList(nn.Embedding(size, d_model) for size in vocabulary.codebook_sizes)
+        others = [token_type for token_type in config.types if token_type != TokenType.ITEM]
+        self.token_embeddings = nn.ModuleDict(
+            {token_type.name.lower(): nn.Embedding(vocabulary.type_sizes[token_type], d_model) for token_type in others}
+        )
+        self.type_embedding = nn.Embedding(len(TokenType), d_model)
+        self.position_embedding = nn.Embedding(config.max_events + 1, d_model)
+        self.level_embedding = nn.Embedding(levels, d_model)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.05)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, levels)
+        self.code_bias = nn.ParameterList(torch.zeros(size) for size in vocabulary.codebook_sizes)
+        self.item_bias = nn.Parameter(torch.zeros(vocabulary.items + 1))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def levels(self) -> int:
+        return len(self.code_embeddings)
+
+    def item_vectors(self) -> Tensor:
+        """(N + 1, D): every item as its own vector plus its code embeddings; the out-of-vocabulary item has no codes."""
+        own = self.item_embedding.weight
+        codes = sum(table(self.codes[1:, level]) for level, table in enumerate(self.code_embeddings))
+        return torch.cat([own[:1], own[1:] + codes])
+
+    def encode(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
+        """Event tokens (T,) → states (T, D); item_vectors is what `item_vectors()` returns, computed once per step."""
+        x = self._embed_tokens(tokens, item_vectors)
+        x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
+        return self.encoder(self.dropout(x), tokens)
+
+    def _embed_tokens(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
+        if not self.token_embeddings:
+            return F.embedding(tokens.token_ids, item_vectors)
+        tables = [item_vectors, *(table.weight for table in self.token_embeddings.values())]
+        first_row = torch.zeros(len(TokenType), dtype=torch.int64, device=tokens.token_ids.device)
+        row = 0
+        for token_type, table in zip(self.config.types, tables, strict=True):
+            first_row[token_type] = row
+            row += len(table)
+        return F.embedding(first_row[tokens.type_ids] + tokens.token_ids, torch.cat(tables))
+
+    def item_logits(self, users: Tensor, item_vectors: Tensor) -> Tensor:
+        """The item head: user vectors (M, D) → (M, N + 1)."""
+        return F.linear(users, item_vectors, self.item_bias)
+
+    def memory(self, encoded: Tensor, tokens: TokenBatch) -> Memory:
+        return self.decoder.memory(encoded, tokens.cu_seqlens, tokens.max_seqlen)
+
+    def decoder_start(self, users: Tensor, next_positions: Tensor) -> Tensor:
+        """The decoder's first row: user vectors (M, D) and the position of the event to come (M,) → (M, D)."""
+        return users + self.level_embedding.weight[0] + self.position_embedding(next_positions)
+
+    def decoder_input(self, level: int, codes: Tensor) -> Tensor:
+        """The row of level ≥ 1 that follows these codes (…) of the level before → (…, D)."""
+        return self.code_embeddings[level - 1](codes) + self.level_embedding.weight[level]
+
+    def decode(self, encoded: Tensor, tokens: TokenBatch, targets: TargetBatch) -> Tensor:
+        """Teacher-forced rows of every target, encoded (T, D) → hidden (M, levels, D); row l predicts code l."""
+        codes = self.codes[targets.items]
+        start = self.decoder_start(encoded[targets.last_tokens], tokens.positions[targets.last_tokens] + 1)
+        rows = [start, *(self.decoder_input(level, codes[:, level - 1]) for level in range(1, self.levels))]
+        sequence_starts = tokens.cu_seqlens[:-1].repeat_interleave(
+            targets.cu_seqlens.diff(), output_size=len(targets.items)
+        )
+        key_limit = targets.last_tokens + 1 - sequence_starts
+        x = self.dropout(torch.stack(rows, 1))
+        return self.decoder(x, self.memory(encoded, tokens), key_limit, targets.cu_seqlens, targets.max_seqlen)
+
+    def step(
+        self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """One level of every beam, see Decoder.step."""
+        return self.decoder.step(x, level, memory, past)
+
+    def code_logits(self, level: int, hidden: Tensor) -> Tensor:
+        """hidden (…, D) of that level → (…, codebook_sizes[level])."""
+        return F.linear(hidden, self.code_embeddings[level].weight, self.code_bias[level])
+
+    def code_losses(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """Negative log-likelihood of the codes of items (M,) under hidden (M, levels, D) → (M, levels) float32."""
+        codes = self.codes[items]
+        losses = [
+            F.cross_entropy(self.code_logits(level, hidden[:, level]).float(), codes[:, level], reduction="none")
+            for level in range(self.levels)
+        ]
+        return torch.stack(losses, 1)
+
+    def router_load(self) -> list[float]:
+        """Share of the last batch's rows that every expert got, averaged over the decoder layers."""
+        return torch.stack([layer.moe.load for layer in self.decoder.layers]).mean(0).tolist()
+
+    def balance_router(self) -> None:
+        """Move every layer's selection bias against its load; call once after each optimizer step."""
+        for layer in self.decoder.layers:
+            layer.moe.balance()

@@ -1,0 +1,126 @@
+"""One run of `genrec train`: read the data, build the model, go through the stages, keep what a user needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from genrec.data.catalogue import load_catalogue, load_semantic_ids
+from genrec.data.files import atomic_directory, atomic_file, locked
+from genrec.data.sequences import leave_out, load_sequences
+from genrec.data.vocabulary import load_vocabulary
+from genrec.generation.storage import read_model_json, save_model
+from genrec.interfaces import EventSequences
+from genrec.models.ugt import UGT, ModelVocabulary
+from genrec.training.config import TrainConfig
+from genrec.training.log import MetricsLog
+from genrec.training.loop import Plan, run_stage
+from genrec.training.stages import Stage, build_stage
+from genrec.training.validation import Validator
+
+NOT_PART_OF_THE_RUN = ("out", "refit", "resume", "overwrite", "threads")  # these may differ when a run is resumed
+
+
+def train(config: TrainConfig) -> UGT:
+    """Run all stages; the directory config.out then holds model.safetensors, model.json and metrics.jsonl."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    sequences = load_sequences(config.features)
+    with locked(config.out):
+        _prepare_directory(config)
+        model = build_model(config)
+        validator = None
+        if config.refit is None:
+            validator = Validator(sequences, config.recommender, config.valid_users, config.seed)
+        events, _ = leave_out(sequences, 2 if config.refit is None else 1)
+        with MetricsLog(config.out) as log:
+            stages = {name: _finish_stage(name, model, events, config, log, validator) for name in config.stages}
+        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, config, validator))
+        save_model(config.out, model, recommender, stages=stages)
+        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    return model
+
+
+def build_model(config: TrainConfig) -> UGT:
+    """A fresh model, whose weights are a function of the seed."""
+    catalogue = load_catalogue(config.features)
+    semantic_ids = load_semantic_ids(config.semantic_ids, catalogue)
+    vocabulary = ModelVocabulary(catalogue.size, semantic_ids.codebook_sizes, load_vocabulary(config.features).type_sizes)
+    torch.manual_seed(config.seed)
+    model = UGT(config.model, vocabulary, torch.from_numpy(semantic_ids.codes))
+    return model.to(_device(config.device))
+
+
+def _finish_stage(
+    name: str, model: UGT, events: EventSequences, config: TrainConfig, log: MetricsLog, validator: Validator | None
+) -> dict[str, Any]:
+    """Run a stage, or take its weights where an earlier part of this run already finished it."""
+    done = config.out / "stages" / name
+    if not done.is_dir():
+        began = time.monotonic()
+        stage = build_stage(name, config, model, events)
+        plan = _plan(stage, config)
+        progress = run_stage(stage, model, plan, config, log, validator)
+        record = {"steps": plan.total, "best_step": progress.best_step, "best": progress.best,
+                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        with atomic_directory(done) as temporary:
+            save_file(model.state_dict(), temporary / "model.safetensors")
+            (temporary / "stage.json").write_text(json.dumps(record))
+    model.load_state_dict(load_file(done / "model.safetensors"))
+    return json.loads((done / "stage.json").read_text())
+
+
+def _plan(stage: Stage, config: TrainConfig) -> Plan:
+    if config.refit is None:
+        total = round(stage.epochs * stage.steps_per_epoch)
+        return Plan(total, total)
+    chosen = read_model_json(config.refit)["stages"]
+    if stage.name not in chosen:
+        raise ValueError(f"refit: {config.refit} has no stage {stage.name}; expected a run with the same stages")
+    return Plan(chosen[stage.name]["steps"], chosen[stage.name]["best_step"])
+
+
+def _alpha(model: UGT, config: TrainConfig, validator: Validator | None) -> float:
+    if validator is not None:
+        return validator.best_alpha(model, config.alphas)
+    assert config.refit is not None  # the only run without a validator
+    return float(read_model_json(config.refit)["recommender"]["alpha"])
+
+
+def _prepare_directory(config: TrainConfig) -> None:
+    """Refuse to mix two runs: a directory that holds one is resumed with the same configuration, or replaced."""
+    path, record = config.out / "config.json", _record(config)
+    if config.overwrite:
+        for name in ("checkpoints", "stages", "tensorboard"):
+            shutil.rmtree(config.out / name, ignore_errors=True)
+        for name in ("config.json", "model.json", "model.safetensors", "metrics.jsonl"):
+            (config.out / name).unlink(missing_ok=True)
+    if not path.exists():
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        return
+    if not config.resume:
+        raise FileExistsError(f"{config.out} already holds a run; pass --resume true to go on or --overwrite true to start anew")
+    before = json.loads(path.read_text())
+    for key, value in record.items():
+        if before.get(key) != value:
+            raise ValueError(f"resume: {key} is {value}, but the run in {config.out} began with {before.get(key)}")
+
+
+def _record(config: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in NOT_PART_OF_THE_RUN}, default=str))
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device is {name!r}; expected cpu{', cuda' if torch.cuda.is_available() else ''} or auto")
+    return name

@@ -51,7 +51,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process, so that two runs never write into one; raises BlockingIOError if it is taken."""
+    """Hold `directory` for this process, so that two runs never write into it; BlockingIOError if it is taken."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genrec.data.config import FeaturesConfig
-from genrec.data.readers import LogColumns
+from genrec.data.readers import LogColumns, one_row
 from genrec.data.vocabulary import GAP_EDGES, Vocabulary, encode_events, rating_edges
 from genrec.interfaces import EventSequences
 
@@ -26,9 +26,9 @@ class LogCounts:
 
 
 def order_log(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> LogCounts:
-    """From `events` make `users` (user, number, events) and `log` (user number, n, back, …): n counts a user's events from
-    0 in the order of time and then of the file, back counts from the end, 1 is the last. Users are numbered in the order
-    in which the file first mentions them. `events` is dropped.
+    """From `events` make `users` (user, number, events) and `log` (user number, n, back, …): n counts a user's events
+    from 0 in the order of time and then of the file, back counts from the end, 1 is the last. Users are numbered in the
+    order in which the file first mentions them. `events` is dropped.
 
     Raises ValueError if no user has min_events.
     """
@@ -75,7 +75,7 @@ def build_vocabulary(connection: duckdb.DuckDBPyConnection, config: FeaturesConf
             SELECT item, count(*) AS seen, count(*) FILTER (back > {config.holdout}) AS count FROM log GROUP BY item
             HAVING seen >= {config.min_count} {unseen})
         SELECT item, count, row_number() OVER (ORDER BY count DESC, item)::INTEGER AS index FROM counted""")
-    size = _row(connection, "SELECT count(*) FROM items")[0]
+    size = one_row(connection, "SELECT count(*) FROM items")[0]
     if not size:
         raise ValueError(f"no item has min_count = {config.min_count} events; lower min_count")
     names = _number_values(connection, "actions", "action", config.min_count) if columns.action else ()
@@ -153,7 +153,7 @@ def count_pairs(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -
 
 def _ticks_per_second(connection: duckdb.DuckDBPyConnection) -> int:
     """Times are seconds, milliseconds, micro- or nanoseconds; the largest tells, up to the year 5138."""
-    largest = _row(connection, "SELECT coalesce(max(abs(time)), 0) FROM events")[0]
+    largest = one_row(connection, "SELECT coalesce(max(abs(time::HUGEINT)), 0) FROM events")[0]
     return next((ticks for ticks in (1, 10**3, 10**6) if largest < 10**11 * ticks), 10**9)
 
 
@@ -166,9 +166,3 @@ def _number_values(
         FROM (SELECT {column} AS value, count(*) AS count FROM log WHERE value IS NOT NULL GROUP BY value)
         WHERE count >= {min_count}""")
     return tuple(value for (value,) in connection.execute(f"SELECT value FROM {table} ORDER BY id").fetchall())
-
-
-def _row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple:
-    row = connection.execute(query).fetchone()
-    assert row is not None  # aggregates without GROUP BY always give a row
-    return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def load_sequences(directory: Path | str) -> EventSequences:
     Raises FileNotFoundError if a file is missing, ValueError if one is not what it should be.
     """
     tables = [_read_part(path) for path in _part_files(Path(directory) / "sequences")]
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
     cu_tokens, token_ids = _flatten(table, "token_ids")
     cu_events, item_ids = _flatten(table, "item_ids")
     return EventSequences(
@@ -86,15 +86,17 @@ def last_events(sequences: EventSequences, n: int) -> EventSequences:
     return _keep_events(sequences, _events_from_end(sequences) <= n)
 
 
-def take_users(sequences: EventSequences, users: NDArray[np.integer]) -> EventSequences:
+def take_users(sequences: EventSequences, users: NDArray[np.int64] | Sequence[int]) -> EventSequences:
     """The users at these row numbers, in this order; IndexError if one does not exist."""
-    users = np.asarray(users, dtype=np.int64)
-    if users.size and (users.min() < 0 or users.max() >= len(sequences)):
-        raise IndexError(f"users must lie in 0 … {len(sequences) - 1}; got {users.min()} … {users.max()}")
-    tokens, cu_tokens = _ranges(sequences.cu_tokens, users)
-    events, cu_events = _ranges(sequences.cu_events, users)
+    if np.asarray(users).dtype == np.bool_:
+        raise TypeError("users is a boolean mask; expected row numbers (np.flatnonzero gives them)")
+    rows = np.asarray(users, dtype=np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= len(sequences)):
+        raise IndexError(f"users are {rows.min()} … {rows.max()}; expected rows in 0 … {len(sequences) - 1}")
+    tokens, cu_tokens = _ranges(sequences.cu_tokens, rows)
+    events, cu_events = _ranges(sequences.cu_events, rows)
     return EventSequences(
-        user_ids=sequences.user_ids[users],
+        user_ids=sequences.user_ids[rows],
         cu_tokens=cu_tokens,
         token_ids=sequences.token_ids[tokens],
         type_ids=sequences.type_ids[tokens],
@@ -183,9 +185,10 @@ def _read_part(path: Path) -> pa.Table:
 
 def _flatten(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray]:
     """(offsets (U + 1,), values) of a list column; null values of floats become NaN."""
-    lists = table[name].combine_chunks()
-    offsets = np.asarray(lists.offsets, dtype=np.int64)
-    return offsets - offsets[0], lists.flatten().to_numpy(zero_copy_only=False)
+    chunks = table[name].chunks
+    lengths = [np.diff(np.asarray(chunk.offsets)) for chunk in chunks]
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    return np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]), np.concatenate(values)
 
 
 def _lists(offsets: NDArray[np.int64], values: pa.Array) -> pa.ListArray:

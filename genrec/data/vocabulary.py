@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from genrec.data.files import atomic_file
 from genrec.interfaces import EventSequences, TokenType
 
-# Seconds. The gap after which an event comes: none, up to 4 s, 16 s, 1 min, 4 min, 17 min, 1 h, 5 h, 18 h, 3 d, …, 2 years.
+# Seconds since the event before: 0, 1, 4, 16, 64, … 2 years. Every bucket is four times as wide as the one before.
 GAP_EDGES = (0, *(4**power for power in range(14)))
 
 
@@ -88,11 +88,11 @@ def encode_events(
     actions: NDArray[np.int32] | None = None,
     context: Sequence[NDArray[np.int32]] = (),
 ) -> EventSequences:
-    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and one CONTEXT per column as far
-    as the vocabulary has them.
+    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and one CONTEXT per column, as
+    far as the vocabulary has them.
 
-    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions and each context (E,), context ids as in the
-    vocabulary. What is not given is unknown (id 0, rating NaN, timestamp 0).
+    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions and each context (E,), context ids as in
+    the vocabulary. What is not given is unknown (id 0, rating NaN, timestamp 0).
     """
     events = len(item_ids)
     ratings = np.full(events, np.nan, np.float32) if ratings is None else ratings
@@ -108,8 +108,8 @@ def encode_events(
             else gap_bucket(vocabulary.gap_edges, timestamps, cu_events)
         )
         kinds.append((TokenType.TIME, gaps))
-    for column in range(len(vocabulary.context)):
-        kinds.append((TokenType.CONTEXT, context[column] if context else np.zeros(events, np.int32)))
+    columns = context or [np.zeros(events, np.int32)] * len(vocabulary.context)
+    kinds += [(TokenType.CONTEXT, ids) for ids in columns]
     number = np.arange(events) - np.repeat(cu_events[:-1], np.diff(cu_events))
     return EventSequences(
         user_ids=user_ids,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from genrec.data.catalogue import load_semantic_ids, save_semantic_ids
@@ -17,7 +18,6 @@ from genrec.data.files import atomic_file
 from genrec.interfaces import Catalogue, SemanticIds
 from genrec.models.rqvae import RQVAE, RQVAEConfig, load_rqvae, save_rqvae
 from genrec.models.semantic_ids import (
-    Resolution,
     assign_new,
     check_capacity,
     code_tokens,
@@ -27,7 +27,10 @@ from genrec.models.semantic_ids import (
 from genrec.training.log import MetricsLog
 from genrec.training.rqvae import FitConfig, check_features, fit
 
-_SAME_SPACE = 1.5  # known items this much worse than when fitted: their features come from another run of genrec features
+_SAME_SPACE = (
+    1.5  # known items this much worse than when fitted: their features come from another run of genrec features
+)
+_ROUNDING = 1e-3
 _LOST = 0.9  # an error near 1 is that of the mean item: the features say nothing about the ids
 
 
@@ -103,15 +106,77 @@ def _into_fitted_space(
     def error_of(rows: Tensor) -> float:
         return ((rows - targets).square().mean() / model.scale.square()).item()
 
+    if not known:
+        raise ValueError(
+            "the catalogue has none of the items that have ids; their features show where new items belong"
+        )
     error = error_of(features[known])
-    if error <= _SAME_SPACE * fitted_error:
+    if error <= _SAME_SPACE * fitted_error + _ROUNDING:
         return features, error
-    u, _, vt = torch.linalg.svd(features[known].T.double() @ targets.double())
-    features = (features.double() @ u @ vt).float()
-    error = error_of(features[known])
+    if len(known) >= features.shape[1]:  # fewer rows do not say how to turn every dimension
+        u, _, vt = torch.linalg.svd(features[known].T.double() @ targets.double())
+        features = (features.double() @ u @ vt).float()
+        error = error_of(features[known])
     if not error < _LOST:
         raise ValueError(
-            f"the features of {len(known)} items that have ids do not fit these ids (error {error:.2f}, it was "
+            f"the features of {len(known)} items do not fit the ids these items have (error {error:.2f}, it was "
             f"{fitted_error:.2f}); expected features made with the same settings from much the same items"
         )
     return features, error
+
+
+def _error(model: RQVAE, features: Tensor, codes: NDArray[np.int64]) -> float:
+    """Squared error of what the codes decode to, as a share of the features' variance."""
+    decoded = model.decode(sum_of_codes(codes, model.codebooks))
+    return ((features - decoded).square().mean() / model.scale.square()).item()
+
+
+def _features(catalogue: Catalogue, width: int) -> Tensor:
+    features = torch.from_numpy(catalogue.features[1:])
+    bad = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"features of {len(bad)} of {len(features)} items are NaN or infinite, the first is item "
+            f"{catalogue.item_ids[1 + bad[0]]!r}; expected finite numbers"
+        )
+    check_features(features, width)
+    return features
+
+
+def _write(
+    directory: Path, catalogue: Catalogue, model: RQVAE, codes: NDArray[np.int64], summary: dict[str, Any]
+) -> None:
+    sizes = model.config.codebook_sizes
+    with_row_0 = np.concatenate([np.zeros((1, len(sizes)), np.int64), codes])
+    save_semantic_ids(directory, catalogue, SemanticIds(with_row_0, sizes))
+    index = {item: code_tokens(row) for item, row in zip(catalogue.item_ids[1:], codes.tolist(), strict=True)}
+    _write_json(directory / "index.json", index)
+    _write_json(directory / "tokenizer.json", summary)
+    with atomic_file(directory / "rqvae.safetensors") as path:
+        save_rqvae(path, model)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_summary(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected the output of genrec tokenize")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if "model" not in summary or "quality" not in summary:
+        raise ValueError(f"{path} does not describe a model; expected the output of genrec tokenize")
+    return summary
+
+
+def _item_ids(directory: Path) -> list[str]:
+    return pq.read_table(directory / "semantic_ids.parquet", columns=["item_id"])["item_id"].to_pylist()
+
+
+def _names_only(item_ids: list[str]) -> Catalogue:
+    """A catalogue that only says which items there are, in which order."""
+    names = np.array(["", *item_ids], dtype=np.object_)
+    rows = len(names)
+    return Catalogue(names, names, np.zeros(rows, np.int64), np.zeros((rows, 0), np.float32))

@@ -1,0 +1,265 @@
+"""The figures of the report: matplotlib drawings as inline SVG whose colours follow the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from genrec.evaluation.metrics import Interval
+
+Row = Mapping[str, object]  # one line of metrics.jsonl
+
+# matplotlib draws in these colours; the page replaces each by a variable, so that one drawing serves light and dark.
+INK, MUTED, GRID, PAPER = "#010203", "#020304", "#030405", "#040506"
+SERIES = ("#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(SERIES)
+}
+MAX_POINTS = 240  # more than the pixels of a chart; longer curves are averaged in equal bins
+
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 11.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.9,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "legend.labelcolor": MUTED,
+    "legend.fontsize": 10.5,
+}
+_styled = matplotlib.rc_context(_STYLE)  # as a decorator: holds while the function draws
+
+
+@_styled
+def bars(metrics: Mapping[str, Mapping[str, float]], names: Mapping[str, str], keys: Sequence[str]) -> str:
+    """Horizontal bars, one panel a metric, one bar a ranker; the first ranker is the one the page is about."""
+    figure, axes = _figure(len(keys), height=0.62 + 0.34 * len(metrics) * len(keys))
+    for panel, key in zip(axes, keys, strict=True):
+        values = [metrics[name].get(key, math.nan) for name in metrics]
+        colours = [SERIES[0] if place == 0 else GRID for place in range(len(values))]
+        drawn = panel.barh(range(len(values)), np.nan_to_num(values), color=colours, height=0.66)
+        panel.bar_label(drawn, [f"{value:.4f}" if math.isfinite(value) else "–" for value in values], padding=4)
+        panel.set_yticks(range(len(values)), [names[name] for name in metrics])
+        panel.invert_yaxis()
+        panel.set_title(metric_name(key))
+        panel.set_xlim(0, 1.2 * max([*np.nan_to_num(values), 1e-6]))
+        panel.xaxis.set_visible(False)
+        panel.grid(False)
+        panel.spines["bottom"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    return _svg(figure, f"Bars of {' and '.join(keys)} for every ranker")
+
+
+@_styled
+def differences(intervals: Mapping[str, Interval], names: Mapping[str, str], metric: str) -> str:
+    """A point and its interval for every comparison, beside the line of no difference."""
+    figure, (panel,) = _figure(1, height=0.75 + 0.45 * len(intervals))
+    for place, interval in enumerate(intervals.values()):
+        colour = MUTED if interval.verdict == "within noise" else SERIES[0 if interval.low > 0 else 1]
+        panel.plot([interval.low, interval.high], [place, place], color=colour, linewidth=4, solid_capstyle="round")
+        panel.plot([interval.difference], [place], "o", color=colour, markersize=9)
+        panel.annotate(
+            signed(interval.difference), (interval.high, place), xytext=(7, 0), textcoords="offset points", va="center"
+        )
+    bounds = [0.0, *(bound for interval in intervals.values() for bound in (interval.low, interval.high))]
+    width = max(max(bounds) - min(bounds), 1e-6)
+    panel.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    panel.set_xlim(min(bounds) - 0.08 * width, max(bounds) + 0.3 * width)  # room for the numbers
+    panel.set_ylim(len(intervals) - 0.4, -0.6)
+    panel.set_yticks(range(len(intervals)), [f"vs {names[name]}" for name in intervals])
+    panel.grid(False)
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.set_xlabel(f"difference in {metric_name(metric)}")
+    return _svg(figure, f"Differences in {metric} with their intervals")
+
+
+@_styled
+def curves(rows: Sequence[Row], groups: Sequence[Sequence[str]], x_label: str = "step") -> str:
+    """Curves over steps, one panel a group of keys, all under one x axis; empty where no row has any of the keys."""
+    drawn = [[(key, *points) for key in group if (points := _points(rows, key)) is not None] for group in groups]
+    drawn = [group for group in drawn if group]
+    if not drawn:
+        return ""
+    figure, axes = _figure(len(drawn), height=0.7 + 1.65 * len(drawn), sharex=True)
+    for panel, group in zip(axes, drawn, strict=True):
+        _draw_lines(panel, [(metric_name(key), steps, values) for key, steps, values in group])
+    axes[-1].set_xlabel(x_label)
+    keys = [key for group in drawn for key, _, _ in group]
+    return _svg(figure, f"Curves of {', '.join(keys)} over {x_label}s")
+
+
+@_styled
+def levels(rows: Sequence[Row], keys: Sequence[str], labels: Sequence[str]) -> str:
+    """One panel for each key that holds a list with one number per level, one curve a level."""
+    panels = [(label, points) for key, label in zip(keys, labels, strict=True) if (points := _lists(rows, key))]
+    if not panels:
+        return ""
+    figure, axes = _figure(len(panels), height=0.7 + 1.65 * len(panels), sharex=True)
+    for panel, (label, (steps, values)) in zip(axes, panels, strict=True):
+        _draw_lines(panel, [(f"level {level + 1}", steps, column) for level, column in enumerate(values.T)])
+        panel.set_title(label)
+    axes[-1].set_xlabel("epoch")
+    return _svg(figure, f"{', '.join(label for label, _ in panels)} of every codebook level over epochs")
+
+
+@_styled
+def router_load(stages: Mapping[str, Sequence[Row]]) -> str:
+    """Share of the tokens that each expert gets, as a multiple of an equal share, over all stages one after another."""
+    found = {stage: points for stage, rows in stages.items() if (points := _lists(rows, "expert_load"))}
+    if not found:
+        return ""
+    experts = next(iter(found.values()))[1].shape[1]
+    found = {stage: points for stage, points in found.items() if points[1].shape[1] == experts}
+    load = np.concatenate([_thin(*points)[1] for points in found.values()]) * experts
+    ends = np.cumsum([len(_thin(*points)[1]) for points in found.values()])
+
+    figure, (heat, extremes) = _figure(2, height=3.7, sharex=True, height_ratios=[1.6, 1])
+    high = max(1.5, float(np.quantile(load, 0.995)))
+    image = heat.imshow(
+        load.T,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0,
+        vmax=high,
+        extent=(0, len(load), experts, 0),
+        interpolation="nearest",
+    )
+    bar = figure.colorbar(image, ax=heat, pad=0.02, fraction=0.05)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    heat.set_title("load of every expert, × an equal share")
+    heat.set_ylabel("expert")
+    heat.grid(False)
+    heat.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    steps = np.arange(len(load)) + 0.5
+    extremes.plot(steps, load.max(axis=1), color=SERIES[1], label="busiest")
+    extremes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
+    extremes.plot(steps, load.min(axis=1), color=SERIES[0], label="idlest")
+    extremes.set_ylim(bottom=0)
+    _legend(extremes)
+    for end in ends[:-1]:
+        heat.axvline(end, color=PAPER, linewidth=2)
+        extremes.axvline(end, color=GRID, linewidth=1)
+    extremes.set_xticks([(a + b) / 2 for a, b in zip([0, *ends[:-1]], ends, strict=True)], list(found))
+    extremes.tick_params(axis="x", length=0)
+    return _svg(figure, "Heat map of the load of every expert over training")
+
+
+def _points(rows: Sequence[Row], key: str) -> tuple[NDArray, NDArray] | None:
+    """(steps, values) of the rows in which `key` is a finite number."""
+    points = [(row["step"], row[key]) for row in rows if _is_number(row.get(key)) and _is_number(row.get("step"))]
+    return tuple(np.array(points, dtype=np.float64).T) if points else None
+
+
+def _lists(rows: Sequence[Row], key: str) -> tuple[NDArray, NDArray] | None:
+    """(steps, values (rows, n)) of the rows in which `key` is a list of n finite numbers, n as in the last of them."""
+    points = [
+        (row["step"], value)
+        for row in rows
+        if isinstance(value := row.get(key), list) and value and all(map(_is_number, value)) and "step" in row
+    ]
+    points = [point for point in points if len(point[1]) == len(points[-1][1])]
+    return (np.array([step for step, _ in points]), np.array([value for _, value in points])) if points else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _thin(steps: NDArray, values: NDArray) -> tuple[NDArray, NDArray]:
+    """Means over at most MAX_POINTS equal bins of consecutive points."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
+    bins = np.array_split(np.arange(len(steps)), MAX_POINTS)
+    return np.array([steps[b].mean() for b in bins]), np.array([values[b].mean(axis=0) for b in bins])
+
+
+def _draw_lines(panel: Axes, lines: Sequence[tuple[str, NDArray, NDArray]]) -> None:
+    for number, (label, steps, values) in enumerate(lines):
+        x, y = _thin(steps, values)
+        marker = "o" if len(x) <= 24 else None
+        panel.plot(x, y, color=SERIES[number % len(SERIES)], label=label, marker=marker, markersize=3.5)
+    panel.margins(y=0.12)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panel.yaxis.set_major_locator(MaxNLocator(4))
+    _legend(panel)
+
+
+def _legend(panel: Axes) -> None:
+    """Above the panel, right, where no curve can run through it."""
+    panel.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.02, 0.98),
+        ncols=len(panel.lines),
+        frameon=False,
+        handlelength=1.1,
+        handletextpad=0.4,
+        columnspacing=1.1,
+        borderpad=0.1,
+    )
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def metric_name(key: str) -> str:
+    """A key of the metrics or the log as people write it: Recall@10, validation NDCG@10, loss items."""
+    key = key.replace("valid_", "validation ").replace("recall", "Recall").replace("ndcg", "NDCG")
+    return key.replace("_", " ")
+
+
+def _figure(
+    panels: int, height: float, sharex: bool = False, height_ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=height_ratios)
+    return figure, list(axes[:, 0])
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an `<svg>` element without ids of its own making, metadata or addresses; the same every time."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": description}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="[A-Za-z0-9.]+_\d+"| width="[\d.]+pt"| height="[\d.]+pt"', "", svg)
+    svg = re.sub(r"font-family:[^;\"]*|font: ([\d.]+px)[^;\"]*", _page_font, svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def _page_font(match: re.Match[str]) -> str:
+    return f"font-size: {match[1]}; font-family: inherit" if match[1] else "font-family: inherit"

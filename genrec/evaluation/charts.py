@@ -133,44 +133,42 @@ def levels(rows: Sequence[Row], keys: Sequence[str], labels: Sequence[str]) -> s
 
 @_styled
 def router_load(stages: Mapping[str, Sequence[Row]]) -> str:
-    """Share of the tokens that each expert gets, as a multiple of an equal share, over all stages one after another."""
-    found = {stage: points for stage, rows in stages.items() if (points := _lists(rows, "expert_load"))}
-    if not found:
+    """Share of the tokens that each expert gets, as a multiple of an equal share; every stage has the same width."""
+    loads = [_thin(*points)[1] for rows in stages.values() if (points := _lists(rows, "expert_load"))]
+    names = [stage for stage, rows in stages.items() if _lists(rows, "expert_load")]
+    if not loads:
         return ""
-    experts = next(iter(found.values()))[1].shape[1]
-    found = {stage: points for stage, points in found.items() if points[1].shape[1] == experts}
-    load = np.concatenate([_thin(*points)[1] for points in found.values()]) * experts
-    ends = np.cumsum([len(_thin(*points)[1]) for points in found.values()])
+    loads = [load * load.shape[1] for load in loads]
+    experts = max(load.shape[1] for load in loads)
+    high = max(1.5, *(float(np.quantile(load, 0.995)) for load in loads))
 
     figure, (heat, extremes) = _figure(2, height=3.7, sharex=True, height_ratios=[1.6, 1])
-    high = max(1.5, float(np.quantile(load, 0.995)))
-    image = heat.imshow(
-        load.T,
-        aspect="auto",
-        cmap="cividis",
-        vmin=0,
-        vmax=high,
-        extent=(0, len(load), experts, 0),
-        interpolation="nearest",
-    )
+    for place, load in enumerate(loads):
+        extent = (place, place + 1, load.shape[1], 0)
+        image = heat.imshow(load.T, "cividis", aspect="auto", vmin=0, vmax=high, extent=extent, interpolation="nearest")
+        x = place + (np.arange(len(load)) + 0.5) / len(load)
+        label = "_" if place else ""  # matplotlib leaves labels that start with an underscore out of the legend
+        extremes.plot(x, load.max(axis=1), color=SERIES[1], label=f"{label}busiest")
+        extremes.plot(x, load.min(axis=1), color=SERIES[0], label=f"{label}idlest")
+    extremes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
+    for end in range(1, len(loads)):
+        heat.axvline(end, color=PAPER, linewidth=2)
+        extremes.axvline(end, color=GRID, linewidth=1)
+
     bar = figure.colorbar(image, ax=heat, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     heat.set_title("load of every expert, × an equal share")
     heat.set_ylabel("expert")
     heat.grid(False)
+    heat.set_xlim(0, len(loads))
+    heat.set_ylim(experts, 0)
     heat.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    steps = np.arange(len(load)) + 0.5
-    extremes.plot(steps, load.max(axis=1), color=SERIES[1], label="busiest")
-    extremes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
-    extremes.plot(steps, load.min(axis=1), color=SERIES[0], label="idlest")
     extremes.set_ylim(bottom=0)
+    extremes.set_xticks(np.arange(len(loads)) + 0.5, names)
+    for panel in (heat, extremes):
+        panel.tick_params(axis="x", length=0)
     _legend(extremes)
-    for end in ends[:-1]:
-        heat.axvline(end, color=PAPER, linewidth=2)
-        extremes.axvline(end, color=GRID, linewidth=1)
-    extremes.set_xticks([(a + b) / 2 for a, b in zip([0, *ends[:-1]], ends, strict=True)], list(found))
-    extremes.tick_params(axis="x", length=0)
     return _svg(figure, "Heat map of the load of every expert over training")
 
 
@@ -219,7 +217,7 @@ def _legend(panel: Axes) -> None:
     panel.legend(
         loc="lower right",
         bbox_to_anchor=(1.02, 0.98),
-        ncols=len(panel.lines),
+        ncols=len(panel.get_legend_handles_labels()[0]),
         frameon=False,
         handlelength=1.1,
         handletextpad=0.4,

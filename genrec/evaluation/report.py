@@ -151,7 +151,8 @@ def _any_has(metrics: Mapping[str, Mapping[str, float]], key: str) -> bool:
 def _metric_cell(value: float | None, best: float) -> str:
     if value is None:
         return "<td>–</td>"
-    return f"<td class=best>{value:.4f}</td>" if value == best else f"<td>{value:.4f}</td>"
+    digits = f"{value:.4f}".removeprefix("0")
+    return f"<td class=best>{digits}</td>" if value == best else f"<td>{digits}</td>"
 
 
 def _comparison(data: ReportData) -> str:

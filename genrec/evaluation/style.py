@@ -34,7 +34,7 @@ svg text { font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--grid); font-weight: 400; }
 th:first-child { text-align: left; padding-left: 0; }
-th[colspan] { border-bottom: 0; padding-bottom: 0; }
+th[colspan] { border-bottom: 0; padding-bottom: 0; text-align: center; }
 thead tr:first-child th:first-child { border-bottom: 0; }
 thead th { color: var(--muted); font-size: .85rem; }
 tbody tr:first-child th { font-weight: 650; }
@@ -64,8 +64,8 @@ pre { margin: 0; overflow-x: auto; font: .85rem/1.6 ui-monospace, SFMono-Regular
   white-space: pre-wrap;
   overflow-wrap: anywhere; }
 @media (max-width: 520px) { main { padding: 24px 14px 48px; } .card, .tile { padding: 14px; }
-  h2 { margin-top: 32px; }
-  table { font-size: .75rem; } th, td { padding: 7px 3px; } tbody th { white-space: normal; } .tile b { font-size: 1.25rem; } }
+  h2 { margin-top: 32px; } .tile b { font-size: 1.25rem; } table, thead th { font-size: .8rem; }
+  th, td { padding: 7px 3px; } tbody th { white-space: normal; } }
 @media print { main { max-width: none; padding: 0; } .card, .tile { border-color: #ccc; }
   .scroll { overflow: visible; }
   table { font-size: 9pt; } section { break-inside: auto; } }

@@ -1,5 +1,5 @@
-"""The operators of genrec. Each is a folder: `__init__.py` is the public function, `reference.py` the definition, `op.py`
-the registration; docs/kernels.md explains them together."""
+"""The operators of genrec. Each is a folder: `__init__.py` is the public function, `reference.py` the definition,
+`op.py` the registration; docs/kernels.md explains them together."""
 
 from genrec.kernels.group_layer_norm import group_layer_norm
 from genrec.kernels.library import load_native, native_operators

@@ -53,7 +53,7 @@ def moe_route(
 
 
 def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """y_t = Σ_j weights[t, j] · (silu(x_t Wgᵀ) ⊙ (x_t Wuᵀ)) Wdᵀ with the experts e = indices[t, j]; no token is dropped.
+    """y_t = Σ_j weights[t, j] · (silu(x_t Wgᵀ) ⊙ (x_t Wuᵀ)) Wdᵀ with e = indices[t, j]; no token is dropped.
 
     SwiGLU experts (Shazeer 2020) in the layout of Hugging Face MoE checkpoints.
 

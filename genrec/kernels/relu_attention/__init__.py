@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,11 +40,11 @@ def relu_attention(
         q, k, v: (B, H, Lq, D), (B, H, Lk, D) and (B, H, Lk, Dv), one floating dtype, any strides.
         causal: row i sees the keys j ≤ i + Lk − Lq (aligned at the bottom right).
         key_limit: (B, Lq) integer, instead of `causal`: row i sees the first key_limit[b, i] keys, clipped to [0, Lk].
-        rel_bias: (H, R) learned bias by distance, any floating dtype; d_ij = (last key row i may see) − j under causal or
-            key_limit, |i + Lk − Lq − j| otherwise, and distances from R − 1 on share the last entry.
+        rel_bias: (H, R) learned bias by distance, any floating dtype; d_ij = (last key row i may see) − j under causal
+            or key_limit, |i + Lk − Lq − j| otherwise, and distances from R − 1 on share the last entry.
         scale: factor of the scores, D^-1/2 if None.
-        normalizer: n_i. "length": Lk. "visible": number of keys row i may see, at least 1, so that decoding step by step
-            equals the full pass. A positive float, or a (B,) tensor of positive values, not differentiated.
+        normalizer: n_i. "length": Lk. "visible": number of keys row i may see, at least 1, so that decoding step by
+            step equals the full pass. A positive float, or a (B,) tensor of positive values, not differentiated.
 
     Returns:
         (B, H, Lq, Dv) in q's dtype; rows that see no key are 0. Half precision accumulates in float32; under autocast
@@ -86,8 +88,8 @@ def relu_attention_varlen(
     Args:
         q, k, v: (Tq, H, D), (Tk, H, D) and (Tk, H, Dv), one floating dtype, any strides.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64 offsets from 0: sequence b owns the tokens
-            cu_seqlens[b] … cu_seqlens[b + 1] − 1. Sequences may be empty, and tokens past the last offset are slack: their
-            output and their gradients are 0.
+            cu_seqlens[b] … cu_seqlens[b + 1] − 1. Sequences may be empty, and tokens past the last offset are slack:
+            their output and their gradients are 0.
         max_seqlen_q, max_seqlen_k: upper bounds of the sequence lengths.
         causal, rel_bias, scale: as in `relu_attention`, within each sequence.
         key_limit: (Tq,) integer, instead of `causal`: the row sees the first key_limit[t] keys of its sequence.
@@ -145,7 +147,7 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int, bound_name: str, bou
     if not has_values(offsets):
         return
     values = offsets.tolist()
-    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or min(lengths, default=0) < 0 or values[-1] > tokens:
         raise ValueError(f"{name} goes from {values[0]} to {values[-1]}; expected offsets that start at 0, "
                          f"never fall and end at most at the number of tokens, {tokens}")  # fmt: skip

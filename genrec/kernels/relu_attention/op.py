@@ -1,7 +1,7 @@
 """Registration of ReLU attention: genrec::relu_attention, genrec::relu_attention_varlen and their backward passes.
 
-The divisor n of a row arrives as three arguments: `divisors` (B,) if given, else `visible` counts the keys the row sees,
-else `divisor` if positive, else the number of keys of the sequence.
+The divisor n of a row arrives as three arguments: `divisors` (B,) if given, else `visible` counts the keys the row
+sees, else `divisor` if positive, else the number of keys of the sequence.
 """
 
 from __future__ import annotations
@@ -14,59 +14,62 @@ from torch import Tensor
 
 from genrec.kernels.library import define, lower, register_autocast
 from genrec.kernels.relu_attention import padded
+from genrec.kernels.relu_attention.padded import Options
 
 OPTIONS = "Tensor? key_limit, Tensor? rel_bias, Tensor? divisors, bool causal, float scale, float divisor, bool visible"
 PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 
 
-def _upcast(*tensors: Tensor | None) -> list[Any]:
+def _wide(like: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Half precision accumulates in float32."""
-    return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [tensor.to(dtype) for tensor in tensors]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, key_limit: Tensor | None, rel_bias: Tensor | None,
-             divisors: Tensor | None, causal: bool, scale: float, divisor: float, visible: bool) -> Tensor:  # fmt: skip
-    batch = padded.dense_batch(q, k, key_limit, divisors, causal, divisor, visible)
-    qf, kf, vf, bias = _upcast(q, k, v, rel_bias)
-    return padded.forward(qf, kf, vf, bias, scale, batch).to(q.dtype)
+def _wide_bias(q: Tensor, options: Options) -> Tensor | None:
+    return None if options.rel_bias is None else _wide(q, options.rel_bias)[0]
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_limit: Tensor | None, rel_bias: Tensor | None,
-              divisors: Tensor | None, causal: bool, scale: float, divisor: float, visible: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    batch = padded.dense_batch(q, k, key_limit, divisors, causal, divisor, visible)
-    gradients = padded.backward(*_upcast(grad, q, k, v, rel_bias), scale, batch)
-    return _downcast(gradients, q, rel_bias)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    options = Options(*rest)
+    batch = padded.dense_batch(q, k, options)
+    return padded.forward(*_wide(q, q, k, v), _wide_bias(q, options), options.scale, batch).to(q.dtype)
 
 
-def _forward_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-                    max_seqlen_k: int, key_limit: Tensor | None, rel_bias: Tensor | None, divisors: Tensor | None,
-                    causal: bool, scale: float, divisor: float, visible: bool) -> Tensor:  # fmt: skip
-    rows = padded.Packing(cu_seqlens_q, q.shape[0], max_seqlen_q)
-    keys = padded.Packing(cu_seqlens_k, k.shape[0], max_seqlen_k)
-    batch = padded.packed_batch(rows, keys, key_limit, divisors, causal, divisor, visible)
-    qf, kf, vf, bias = _upcast(q, k, v, rel_bias)
-    out = padded.forward(rows.pad(qf), keys.pad(kf), keys.pad(vf), bias, scale, batch)
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options = Options(*rest)
+    batch = padded.dense_batch(q, k, options)
+    gradients = padded.backward(*_wide(q, grad, q, k, v), _wide_bias(q, options), options.scale, batch)
+    return _narrow(gradients, q, options.rel_bias)
+
+
+def _forward_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *rest: Any
+) -> Tensor:
+    options = Options(*rest)
+    rows, keys = padded.Packing(cu_q, q.shape[0], max_q), padded.Packing(cu_k, k.shape[0], max_k)
+    batch = padded.packed_batch(rows, keys, options)
+    qf, kf, vf = _wide(q, q, k, v)
+    out = padded.forward(rows.pad(qf), keys.pad(kf), keys.pad(vf), _wide_bias(q, options), options.scale, batch)
     return rows.unpad(out).to(q.dtype)
 
 
-def _backward_varlen(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                     max_seqlen_q: int, max_seqlen_k: int, key_limit: Tensor | None, rel_bias: Tensor | None,
-                     divisors: Tensor | None, causal: bool, scale: float, divisor: float,
-                     visible: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    rows = padded.Packing(cu_seqlens_q, q.shape[0], max_seqlen_q)
-    keys = padded.Packing(cu_seqlens_k, k.shape[0], max_seqlen_k)
-    batch = padded.packed_batch(rows, keys, key_limit, divisors, causal, divisor, visible)
-    gf, qf, kf, vf, bias = _upcast(grad, q, k, v, rel_bias)
+def _backward_varlen(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    options = Options(*rest)
+    rows, keys = padded.Packing(cu_q, q.shape[0], max_q), padded.Packing(cu_k, k.shape[0], max_k)
+    batch = padded.packed_batch(rows, keys, options)
+    gf, qf, kf, vf = _wide(q, grad, q, k, v)
     grad_q, grad_k, grad_v, grad_bias = padded.backward(
-        rows.pad(gf), rows.pad(qf), keys.pad(kf), keys.pad(vf), bias, scale, batch
+        rows.pad(gf), rows.pad(qf), keys.pad(kf), keys.pad(vf), _wide_bias(q, options), options.scale, batch
     )
-    return _downcast((rows.unpad(grad_q), keys.unpad(grad_k), keys.unpad(grad_v), grad_bias), q, rel_bias)
+    return _narrow((rows.unpad(grad_q), keys.unpad(grad_k), keys.unpad(grad_v), grad_bias), q, options.rel_bias)
 
 
-def _downcast(gradients: tuple[Tensor, Tensor, Tensor, Tensor | None], q: Tensor, rel_bias: Tensor | None) -> Any:
+def _narrow(gradients: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor, rel_bias: Tensor | None) -> tuple[Tensor, ...]:
     *inputs, grad_bias = gradients
-    bias = q.new_empty(0) if rel_bias is None or grad_bias is None else grad_bias.to(rel_bias.dtype)
-    return (*(g.to(q.dtype) for g in inputs if g is not None), bias)
+    return (*(gradient.to(q.dtype) for gradient in inputs), grad_bias.to((q if rel_bias is None else rel_bias).dtype))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
@@ -103,7 +106,7 @@ def _differentiate(operator: str, bias_position: int) -> Callable[..., tuple[Any
 
 
 def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Any, ...]:
-    """Autocast: queries, keys and values in its dtype; rel_bias and divisors as they are, for they meet float32 scores."""
+    """Autocast: q, k and v in its dtype; rel_bias and divisors as they are, for they meet float32 scores."""
     return (*lower(dtype, q, k, v), *options)
 
 

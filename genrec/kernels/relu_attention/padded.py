@@ -3,8 +3,8 @@
     S = scale · Q Kᵀ + bias[d]     P = mask ⊙ relu(S)     O = P V / n
     G = dO / n     dV = Pᵀ G     dS = (G Vᵀ) ⊙ [P > 0]     dQ = scale · dS K     dK = scale · dSᵀ Q     dbias[d] += dS
 
-Sequences of different lengths are padded at the FRONT: then i + Lk − Lq − j, the distance of a row and a key, is the same
-number in every sequence, and the bias of a whole batch is one (H, Lq, Lk) table. Half precision computes in float32.
+Sequences of different lengths are padded at the FRONT: then i + Lk − Lq − j, the distance of a row and a key, is the
+same number in every sequence, and the bias of a whole batch is one (H, Lq, Lk) table.
 """
 
 from __future__ import annotations
@@ -15,50 +15,57 @@ import torch
 from torch import Tensor
 
 
+class Options(NamedTuple):
+    """The operator's arguments after the tensors; see op.py for the divisor."""
+
+    key_limit: Tensor | None
+    rel_bias: Tensor | None
+    divisors: Tensor | None
+    causal: bool
+    scale: float
+    divisor: float
+    visible: bool
+
+
 class Batch(NamedTuple):
     """Which keys a padded row sees, and what its bias and its divisor are. Lq and Lk are padded lengths."""
 
     first: Tensor  # (B or 1, 1) first key of the sequence
     end: Tensor  # (B or 1, Lq) one past the last key the row sees; at most `first` where it sees none
     anchor: Tensor  # (B or 1, Lq) the key at distance 0
-    divisor: Tensor | float  # (B, 1, Lq or 1, 1)
+    divisor: Tensor | float  # (B or 1, 1, Lq or 1, 1)
 
 
-def dense_batch(
-    q: Tensor, k: Tensor, key_limit: Tensor | None, divisors: Tensor | None, causal: bool, divisor: float, visible: bool
-) -> Batch:
-    length_q, length_k = q.shape[2], k.shape[2]
-    first = torch.zeros(1, 1, dtype=torch.int64, device=q.device)
-    lengths = torch.full((1, 1), length_k, dtype=torch.int64, device=q.device)
-    return _batch(first, lengths, length_q, length_k, key_limit, divisors, causal, divisor, visible)
+def dense_batch(q: Tensor, k: Tensor, options: Options) -> Batch:
+    """The batch of (B, H, Lq, D) queries and (B, H, Lk, D) keys, all of full length."""
+    lengths = torch.full((1, 1), k.shape[2], dtype=torch.int64, device=q.device)
+    return _batch(torch.zeros_like(lengths), lengths, q.shape[2], k.shape[2], options.key_limit, options)
+
+
+def packed_batch(rows: Packing, keys: Packing, options: Options) -> Batch:
+    """The batch of packed sequences."""
+    key_limit = None if options.key_limit is None else rows.pad(options.key_limit[:, None, None])[:, 0, :, 0]
+    return _batch(keys.first, keys.lengths, rows.length, keys.length, key_limit, options)
 
 
 def _batch(
-    first: Tensor,
-    lengths: Tensor,
-    length_q: int,
-    length_k: int,
-    key_limit: Tensor | None,
-    divisors: Tensor | None,
-    causal: bool,
-    divisor: float,
-    visible: bool,
+    first: Tensor, lengths: Tensor, length_q: int, length_k: int, key_limit: Tensor | None, options: Options
 ) -> Batch:
     diagonal = torch.arange(length_q, device=first.device)[None] + length_k - length_q
     if key_limit is not None:
         end = first + torch.minimum(key_limit.clamp(min=0), lengths)
         anchor = end - 1
     else:
-        end = (diagonal + 1).expand(first.shape[0], -1) if causal else torch.full_like(diagonal, length_k)
+        end = diagonal + 1 if options.causal else torch.full_like(diagonal, length_k)
         anchor = diagonal
-    n: Tensor | float = divisor
-    if divisors is not None:
-        n = divisors[:, None, None, None]
-    elif visible:
-        n = (end - first).clamp(min=1)[:, None, :, None]
+    divisor: Tensor | float = options.divisor
+    if options.divisors is not None:
+        divisor = options.divisors[:, None, None, None]
+    elif options.visible:
+        divisor = (end - first).clamp(min=1)[:, None, :, None]
     elif not divisor:
-        n = lengths.clamp(min=1)[:, None, :, None]
-    return Batch(first, end, anchor, n)
+        divisor = lengths.clamp(min=1)[:, None, :, None]
+    return Batch(first, end, anchor, divisor)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch) -> Tensor:
@@ -68,15 +75,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: flo
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and rel_bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and rel_bias; the last is empty without one."""
     weights = _weights(q, k, rel_bias, scale, batch)
     grad = grad / _divisor(batch, q.dtype)
     grad_v = weights.transpose(2, 3) @ grad
     grad_scores = (grad @ v.transpose(2, 3)).masked_fill_(weights <= 0, 0)
     grad_q = (grad_scores @ k).mul_(scale)
     grad_k = (grad_scores.transpose(2, 3) @ q).mul_(scale)
-    grad_bias = None if rel_bias is None else _bias_gradient(grad_scores, rel_bias, batch)
+    grad_bias = q.new_empty(0) if rel_bias is None else _bias_gradient(grad_scores, rel_bias, batch)
     return grad_q, grad_k, grad_v, grad_bias
 
 
@@ -128,25 +135,8 @@ class Packing:
         padded.index_copy_(0, self.slot, tokens)
         return padded[:-1].view(batch, self.length, *tokens.shape[1:]).transpose(1, 2)
 
-    def pad_rows(self, values: Tensor) -> Tensor:
-        """(T,) → (B, length), one integer per token"""
-        return self.pad(values[:, None, None])[:, 0, :, 0]
-
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, H, length, D) → (T, H, D); slack tokens are 0"""
         rows = padded.transpose(1, 2).flatten(0, 1)
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
         return rows.index_select(0, self.slot)
-
-
-def packed_batch(
-    rows: Packing,
-    keys: Packing,
-    key_limit: Tensor | None,
-    divisors: Tensor | None,
-    causal: bool,
-    divisor: float,
-    visible: bool,
-) -> Batch:
-    limit = None if key_limit is None else rows.pad_rows(key_limit)
-    return _batch(keys.first, keys.lengths, rows.length, keys.length, limit, divisors, causal, divisor, visible)

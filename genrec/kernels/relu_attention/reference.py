@@ -34,12 +34,13 @@ def relu_attention(
         scores = scores + rel_bias[:, distance].transpose(0, 1)
     weights = torch.where(visible, scores.relu(), 0)
 
+    n: Tensor | float
     if isinstance(normalizer, Tensor):
         n = normalizer.to(weights.dtype)[:, None, None, None]
     elif normalizer == "visible":
         n = visible.sum(3, keepdim=True, dtype=weights.dtype).clamp(min=1)
     else:
-        n = max(length_k, 1) if normalizer == "length" else normalizer
+        n = max(length_k, 1) if normalizer == "length" else float(normalizer)
     return weights @ v / n
 
 

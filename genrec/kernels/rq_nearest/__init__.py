@@ -27,9 +27,9 @@ def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         quantized: (N, D) in the codebooks' dtype, Σ_l codebooks[l][codes[:, l]]. Its gradient goes to the codebooks;
             x gets none.
 
-    The search compares ‖c‖² − 2 r·c in float32 (float64 for float64), whatever the input's precision and autocast: a code
-    is exactly the nearest up to the rounding of that expression, about D · 2⁻²⁴ · (‖c‖² + 2 ‖r‖ ‖c‖). A row with NaN or
-    infinity gets some valid code.
+    The search compares ‖c‖² − 2 r·c in float32 (float64 for float64), whatever the input's precision and autocast: the
+    code is the nearest one up to the rounding of that expression, at most D · 2⁻²³ · (‖c‖² + 2 ‖r‖ ‖c‖). A row with NaN
+    or infinity gets some valid code.
 
     Raises:
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.

@@ -1,6 +1,6 @@
 """Registration of residual nearest-code search: genrec::rq_nearest and its backward pass.
 
-The codes are constants to autograd: d codebooks[l][c] = Σ over the rows with code c of d quantized, and x has no gradient.
+The codes are constants to autograd: d codebooks[l][c] = Σ over the rows with code c of d quantized; x has no gradient.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ are one JSON object are read whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from genrec.data.lines import first_record, read_header, read_lines, sniff_delimiter
+from genrec.data.lines import LINE_SCHEMA, first_record, read_header, read_lines, sniff_delimiter
 
 _KEYS_FROM_LINES = 1000  # JSON lines may leave keys out: the columns are the keys of this many first lines
 
@@ -29,10 +29,20 @@ class Source:
     path: Path
     columns: list[str]
     query: str
+    failures: list[ValueError]  # what ended the reading of a file that is not text
 
     def field(self, column: str | None) -> str:
         """SQL for the value of a column, NULL if it is absent or empty."""
         return "NULL" if column is None else f"nullif(fields[{self.columns.index(column) + 1}], '')"
+
+    def execute(self, connection: duckdb.DuckDBPyConnection, statement: str) -> None:
+        """Run a statement that contains the query. ValueError says in its own words why the file cannot be read."""
+        try:
+            connection.execute(statement)
+        except duckdb.Error:
+            if self.failures:
+                raise self.failures[0] from None
+            raise
 
 
 def open_source(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
@@ -45,12 +55,24 @@ def open_source(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
     for ending, reader in _READERS.items():
         if path.name.lower().endswith(ending):
             columns, data, query = reader(path)
+            source = Source(path, columns, query, failures=[])
+            if not isinstance(data, pa.Table):
+                data = pa.RecordBatchReader.from_batches(LINE_SCHEMA, _remember_failure(data, source.failures))
             connection.register("input", data)
-            return Source(path, columns, query)
+            return source
     raise ValueError(f"{path} has an unknown format; expected a name ending in one of {', '.join(_READERS)}")
 
 
-_Parts = tuple[list[str], pa.Table | pa.RecordBatchReader, str]  # columns, input, query
+def _remember_failure(batches: Iterator[pa.RecordBatch], failures: list[ValueError]) -> Iterator[pa.RecordBatch]:
+    """DuckDB wraps what goes wrong in here into a traceback; keep the sentence."""
+    try:
+        yield from batches
+    except ValueError as error:
+        failures.append(error)
+        raise
+
+
+_Parts = tuple[list[str], pa.Table | Iterator[pa.RecordBatch], str]  # columns, input, query
 
 
 def _read_csv(path: Path) -> _Parts:
@@ -103,7 +125,7 @@ def _read_json_lines(path: Path) -> _Parts:
 
 
 def _json_keys(path: Path) -> list[str]:
-    batch = next(iter(read_lines(path)), None)
+    batch = next(read_lines(path), None)
     if batch is None:
         raise ValueError(f"{path} is empty; expected one JSON object a line")
     keys: dict[str, None] = {}

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 
 LINE_SCHEMA = pa.schema([("line", pa.int64()), ("text", pa.string())])
-_BLOCK_BYTES = 1 << 24
 _MOST_LINES_PER_RECORD = 1000  # a quote left open ends here instead of swallowing the file
 _QUOTED_EXAMPLES = 5
 
@@ -30,22 +29,40 @@ class Malformed:
         self.examples = (self.examples + [f"{path.name} {example}" for example in examples])[:_QUOTED_EXAMPLES]
         if self.count > self.limit:
             lines = "line" if self.count == 1 else "lines"
-            found = f"{path}: {self.count} malformed {lines}, more than max_malformed {self.limit} allows"
+            found = f"{self.count} malformed {lines}, more than max_malformed {self.limit} allows"
             raise ValueError(f"{found}: {'; '.join(self.examples)}")
 
 
-def read_lines(path: Path, quoted_by: str | None = None, skip: int = 0) -> pa.RecordBatchReader:
+def read_lines(
+    path: Path, quoted_by: str | None = None, skip: int = 0, block_bytes: int = 1 << 24
+) -> Iterator[pa.RecordBatch]:
     """The non-blank records of a UTF-8 file after its first `skip` as (line number from 1, text with its line end).
 
     A record is a line; in a file delimited by `quoted_by` it runs on while a quoted field is open.
-    Raises ValueError, now or while reading, if the file is not UTF-8 text.
+    Raises ValueError while reading if the file is not UTF-8 text.
     """
-    return pa.RecordBatchReader.from_batches(LINE_SCHEMA, _batches(path, quoted_by, skip))
+    numbers: list[int] = []
+    texts: list[bytes] = []
+    size = 0
+    for number, text in _records(path, quoted_by):
+        if not text.strip(b" \r\n"):
+            continue
+        if skip:
+            skip -= 1
+            continue
+        numbers.append(number)
+        texts.append(text)
+        size += len(text)
+        if size >= block_bytes:
+            yield _batch(path, numbers, texts)
+            numbers, texts, size = [], [], 0
+    if texts:
+        yield _batch(path, numbers, texts)
 
 
 def first_record(path: Path, quoted_by: str | None = None) -> str:
     """The first non-blank record without its line end; ValueError if there is none."""
-    for batch in _batches(path, quoted_by, skip=0, block_bytes=1):
+    for batch in read_lines(path, quoted_by, block_bytes=1):
         return batch["text"][0].as_py().rstrip("\r\n")
     raise ValueError(f"{path} is empty; expected at least one record")
 
@@ -66,26 +83,6 @@ def sniff_delimiter(path: Path) -> str:
     """The most frequent of comma, semicolon, tab and bar in the header."""
     header = first_record(path)
     return max(",;\t|", key=header.count)
-
-
-def _batches(path: Path, quoted_by: str | None, skip: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[pa.RecordBatch]:
-    numbers: list[int] = []
-    texts: list[bytes] = []
-    size = 0
-    for number, text in _records(path, quoted_by):
-        if not text.strip(b" \r\n"):
-            continue
-        if skip:
-            skip -= 1
-            continue
-        numbers.append(number)
-        texts.append(text)
-        size += len(text)
-        if size >= block_bytes:
-            yield _batch(path, numbers, texts)
-            numbers, texts, size = [], [], 0
-    if texts:
-        yield _batch(path, numbers, texts)
 
 
 def _records(path: Path, quoted_by: str | None) -> Iterator[tuple[int, bytes]]:

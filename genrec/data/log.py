@@ -45,13 +45,13 @@ def order_log(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> 
             row_number() OVER (PARTITION BY u.number ORDER BY e.time, e.line) - 1 AS n, u.events - n AS back
         FROM events e JOIN users u USING (user)""")
     connection.execute("DROP TABLE events")
-    dropped_users, dropped_events, longest = _row(
+    dropped_users, dropped_events, longest = one_row(
         connection,
         f"""
         SELECT count(*), coalesce(sum(events), 0)::BIGINT, (SELECT max(events) FROM all_users)
         FROM all_users WHERE events < {config.min_events}""",
     )
-    users, events, kept = _row(
+    users, events, kept = one_row(
         connection,
         f"""
         SELECT count(*), coalesce(sum(events), 0)::BIGINT, coalesce(sum(least(events, {config.max_events})), 0)::BIGINT

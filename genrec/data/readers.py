@@ -37,7 +37,9 @@ def read_events(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, m
     columns = _log_columns(config, source)
     context = "".join(f", {source.field(name)} AS context_{i}" for i, name in enumerate(columns.context))
     no_time = "time IS NULL" if columns.time else "false"
-    connection.execute(f"""
+    source.execute(
+        connection,
+        f"""
         CREATE TABLE parsed AS
         WITH named AS (
             SELECT line, text, problem, {source.field(columns.user)} AS user, {source.field(columns.item)} AS item,
@@ -55,7 +57,8 @@ def read_events(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, m
                 WHEN {no_time} THEN 'has time ' || coalesce(left(time_text, 40), '(empty)') || ', expected unix seconds'
                 END AS problem) FROM named)
         SELECT * EXCLUDE (text, rating_text, time_text), CASE WHEN problem IS NOT NULL THEN left(text, 120) END AS quote
-        FROM judged""")
+        FROM judged""",
+    )
     _collect_malformed(connection, "parsed", source.path, malformed)
     connection.execute("CREATE TABLE events AS SELECT * EXCLUDE (problem, quote) FROM parsed WHERE problem IS NULL")
     connection.execute("DROP TABLE parsed")
@@ -75,7 +78,7 @@ def read_items(
     if config.items is None:
         return
     source = open_source(connection, config.items)
-    connection.execute(f"CREATE TABLE raw_items AS {source.query}")
+    source.execute(connection, f"CREATE TABLE raw_items AS {source.query}")
     item = _item_column(config, source, log_item)
     title = choose_column("title", config.title, source.columns, source.path)
     texts = _text_columns(connection, config, source, item)

@@ -103,32 +103,25 @@ def differences(intervals: Mapping[str, Interval], names: Mapping[str, str], met
 
 
 @_styled
-def curves(rows: Sequence[Row], groups: Sequence[Sequence[str]], x_label: str = "step") -> str:
-    """Curves over steps, one panel a group of keys, all under one x axis; empty where no row has any of the keys."""
-    drawn = [[(key, *points) for key in group if (points := _points(rows, key)) is not None] for group in groups]
-    drawn = [group for group in drawn if group]
-    if not drawn:
-        return ""
-    figure, axes = _figure(len(drawn), height=0.7 + 1.65 * len(drawn), sharex=True)
-    for panel, group in zip(axes, drawn, strict=True):
-        _draw_lines(panel, [(metric_name(key), steps, values) for key, steps, values in group])
-    axes[-1].set_xlabel(x_label)
-    keys = [key for group in drawn for key, _, _ in group]
-    return _svg(figure, f"Curves of {', '.join(keys)} over {x_label}s")
+def curves(rows: Sequence[Row], panels: Mapping[str, Mapping[str, str]], x_label: str = "step") -> str:
+    """Curves over steps: `panels` maps a title to {key of the rows: label}. Panels without points are left out; empty
+    where none has any."""
+    drawn = {
+        title: [(label, *points) for key, label in keys.items() if (points := _points(rows, key))]
+        for title, keys in panels.items()
+    }
+    return _stacked({title: lines for title, lines in drawn.items() if lines}, x_label)
 
 
 @_styled
-def levels(rows: Sequence[Row], keys: Sequence[str], labels: Sequence[str]) -> str:
-    """One panel for each key that holds a list with one number per level, one curve a level."""
-    panels = [(label, points) for key, label in zip(keys, labels, strict=True) if (points := _lists(rows, key))]
-    if not panels:
-        return ""
-    figure, axes = _figure(len(panels), height=0.7 + 1.65 * len(panels), sharex=True)
-    for panel, (label, (steps, values)) in zip(axes, panels, strict=True):
-        _draw_lines(panel, [(f"level {level + 1}", steps, column) for level, column in enumerate(values.T)])
-        panel.set_title(label)
-    axes[-1].set_xlabel("epoch")
-    return _svg(figure, f"{', '.join(label for label, _ in panels)} of every codebook level over epochs")
+def levels(rows: Sequence[Row], panels: Mapping[str, str]) -> str:
+    """Curves over epochs, one a codebook level: `panels` maps a title to the key of a list with one number per level."""
+    drawn = {
+        title: [(f"level {level + 1}", points[0], column) for level, column in enumerate(points[1].T)]
+        for title, key in panels.items()
+        if (points := _lists(rows, key))
+    }
+    return _stacked(drawn, "epoch")
 
 
 @_styled
@@ -201,15 +194,24 @@ def _thin(steps: NDArray, values: NDArray) -> tuple[NDArray, NDArray]:
     return np.array([steps[b].mean() for b in bins]), np.array([values[b].mean(axis=0) for b in bins])
 
 
-def _draw_lines(panel: Axes, lines: Sequence[tuple[str, NDArray, NDArray]]) -> None:
-    for number, (label, steps, values) in enumerate(lines):
-        x, y = _thin(steps, values)
-        marker = "o" if len(x) <= 24 else None
-        panel.plot(x, y, color=SERIES[number % len(SERIES)], label=label, marker=marker, markersize=3.5)
-    panel.margins(y=0.12)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator(4))
-    _legend(panel)
+def _stacked(panels: Mapping[str, Sequence[tuple[str, NDArray, NDArray]]], x_label: str) -> str:
+    """Panels of (label, steps, values) curves, one above the other over one x axis."""
+    if not panels:
+        return ""
+    figure, axes = _figure(len(panels), height=0.7 + 1.65 * len(panels), sharex=True)
+    for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+        for number, (label, steps, values) in enumerate(lines):
+            x, y = _thin(steps, values)
+            marker = "o" if len(x) <= 24 else None
+            panel.plot(x, y, color=SERIES[number % len(SERIES)], label=label, marker=marker, markersize=3.5)
+        panel.set_title(title)
+        panel.margins(y=0.12)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        if len(lines) > 1:
+            _legend(panel)
+    axes[-1].set_xlabel(x_label)
+    return _svg(figure, f"{', '.join(panels)} over {x_label}s")
 
 
 def _legend(panel: Axes) -> None:
@@ -231,9 +233,8 @@ def signed(value: float) -> str:
 
 
 def metric_name(key: str) -> str:
-    """A key of the metrics or the log as people write it: Recall@10, validation NDCG@10, loss items."""
-    key = key.replace("valid_", "validation ").replace("recall", "Recall").replace("ndcg", "NDCG")
-    return key.replace("_", " ")
+    """A key of the metrics as people write it: Recall@10, NDCG@10."""
+    return key.replace("recall", "Recall").replace("ndcg", "NDCG").replace("_", " ")
 
 
 def _figure(

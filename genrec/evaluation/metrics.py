@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from genrec.data.sequences import take_users
 from genrec.interfaces import OOV, EventSequences, Ranker
 
 KS = (5, 10, 20)
@@ -61,12 +62,12 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     _check_ks(ks)
-    starts = range(0, len(histories), batch_size)
-    batches = [
-        ranker.rank(_users(histories, start, start + batch_size), max(ks))
-        for start in tqdm(starts, desc=name, unit="batch")
-    ]
-    ranked = np.concatenate(batches) if batches else np.zeros((0, max(ks)), dtype=np.int64)
+    ranked = np.zeros((len(histories), max(ks)), dtype=np.int64)
+    with tqdm(total=len(histories), desc=name, unit="user") as bar:
+        for start in range(0, len(histories), batch_size):
+            users = np.arange(start, min(start + batch_size, len(histories)))
+            ranked[users] = ranker.rank(take_users(histories, users), max(ks))
+            bar.update(len(users))
     per_user = per_user_metrics(ranked, targets, ks)
     metrics = {key: _mean(values) for key, values in per_user.items()}
     metrics["valid_item_rate"] = valid_item_rate(ranked, catalogue_size)
@@ -149,24 +150,6 @@ def paired_bootstrap(
     means = np.array([rng.multinomial(len(a), shares) @ values for _ in range(samples)]) / len(a)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(_mean(a - b), float(low), float(high))
-
-
-def _users(sequences: EventSequences, start: int, stop: int) -> EventSequences:
-    """Users start … stop − 1 of `sequences`, as views."""
-    cu_tokens = sequences.cu_tokens[start : stop + 1]
-    cu_events = sequences.cu_events[start : stop + 1]
-    tokens, events = slice(cu_tokens[0], cu_tokens[-1]), slice(cu_events[0], cu_events[-1])
-    return EventSequences(
-        user_ids=sequences.user_ids[start:stop],
-        cu_tokens=cu_tokens - cu_tokens[0],
-        token_ids=sequences.token_ids[tokens],
-        type_ids=sequences.type_ids[tokens],
-        positions=sequences.positions[tokens],
-        cu_events=cu_events - cu_events[0],
-        item_ids=sequences.item_ids[events],
-        ratings=sequences.ratings[events],
-        timestamps=sequences.timestamps[events],
-    )
 
 
 def _mean(values: NDArray) -> float:

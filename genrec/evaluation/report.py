@@ -82,9 +82,12 @@ def render(data: ReportData) -> str:
         _summary(data),
         _section("How good it is", _metrics_table(data.metrics), _comparison(data)),
         _section("What it recommends", *map(_example, data.examples), layout="stack"),
-        _section("How it learned", *[_stage(stage, rows) for stage, rows in stages.items()]),
+        _section(
+            "How it learned",
+            *[_stage(stage, rows) for stage, rows in stages.items()],
+            _card("Router load", charts.router_load(stages), _ROUTER_NOTE),
+        ),
         _section("Semantic ids", *_codebooks(tokenize)),
-        _section("Experts", _card("Router load", charts.router_load(stages), _ROUTER_NOTE)),
         _section("The run", *_facts(data.facts), _commands(data.commands)),
     ]
     return _PAGE.format(title=escape(data.title), css=CSS, body="\n".join(filter(None, sections)))
@@ -165,21 +168,21 @@ def _comparison(data: ReportData) -> str:
 
 def _stage(stage: str, rows: Sequence[Mapping[str, object]]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    losses = [key for key in keys if key.startswith("loss")]
-    valid = [key for key in keys if key.startswith("valid_")]
-    return _card(stage.capitalize(), charts.curves(rows, [losses, valid]), STAGES.get(stage, ""))
+    panels = {
+        "loss": {key: key.removeprefix("loss_").replace("loss", "total") for key in keys if key.startswith("loss")},
+        "validation": {f"valid_{key}": metric_name(key) for key in (HEADLINE, "recall@10")},
+        "preferences won": {"preference_accuracy": "share"},
+    }
+    return _card(stage.capitalize(), charts.curves(rows, panels), STAGES.get(stage, ""))
 
 
 def _codebooks(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    keys = [key for row in rows for key in row]
-    residual = next((key for key in keys if key.startswith("residual")), "residual")
-    reconstruction = next((key for key in keys if key.startswith("reconstruction")), "reconstruction")
-    usage = charts.levels(rows, ["usage", "perplexity"], ["share of codes in use", "perplexity"])
-    errors = charts.levels(rows, [residual], ["variance left"])
-    decoded = charts.curves(rows, [[reconstruction]], "epoch")
+    usage = charts.levels(rows, {"share of codes in use": "usage", "perplexity": "perplexity"})
+    residual = charts.levels(rows, {"variance left": "residual"})
+    decoded = charts.curves(rows, {"error of the decoded features": {"reconstruction": "error"}}, "epoch")
     return [
         _card("Codebook usage", usage, "Perplexity: how many equally used codes would be as varied."),
-        _card("Reconstruction", errors + decoded, "Squared errors, as shares of the variance."),
+        _card("Reconstruction", residual + decoded, "Squared errors, as shares of the variance."),
     ]
 
 

@@ -64,8 +64,8 @@ pre { margin: 0; overflow-x: auto; font: .85rem/1.6 ui-monospace, SFMono-Regular
   white-space: pre-wrap;
   overflow-wrap: anywhere; }
 @media (max-width: 520px) { main { padding: 24px 14px 48px; } .card, .tile { padding: 14px; }
-  h2 { margin-top: 32px; } .tile b { font-size: 1.25rem; } table, thead th { font-size: .8rem; }
-  th, td { padding: 7px 3px; } tbody th { white-space: normal; } }
+  h2 { margin-top: 32px; } .tile b { font-size: 1.25rem; } table, thead th { font-size: .72rem; }
+  th, td { padding: 7px 2px; } tbody th { white-space: normal; } }
 @media print { main { max-width: none; padding: 0; } .card, .tile { border-color: #ccc; }
   .scroll { overflow: visible; }
   table { font-size: 9pt; } section { break-inside: auto; } }

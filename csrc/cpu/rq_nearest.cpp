@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -24,16 +25,20 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRowBlock = 384;  // a multiple of every tile
 
-const NearestUnit& unit() {
+// The widest unit that this CPU has and that the environment variable GENREC_CPU_ISA, if set, does not forbid.
+const NearestUnit& choose_unit() {
 #if defined(__x86_64__)
-  static const NearestUnit& best = __builtin_cpu_supports("avx512f") ? genrec::nearest_avx512
-                                   : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                       ? genrec::nearest_avx2
-                                       : genrec::nearest_portable;
-  return best;
-#else
-  return genrec::nearest_portable;
+  const char* isa = std::getenv("GENREC_CPU_ISA");
+  const std::string limit = isa ? isa : "avx512";
+  if (limit == "avx512" && __builtin_cpu_supports("avx512f")) return genrec::nearest_avx512;
+  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return genrec::nearest_avx2;
 #endif
+  return genrec::nearest_portable;
+}
+
+const NearestUnit& unit() {
+  static const NearestUnit& chosen = choose_unit();
+  return chosen;
 }
 
 template <typename T> const Nearest<T>& kernel();
@@ -125,5 +130,7 @@ std::tuple<Tensor, Tensor> rq_nearest(const Tensor& x, std::vector<Tensor> codeb
 }
 
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* genrec_cpu_isa() { return unit().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) { m.impl("rq_nearest", TORCH_BOX(&rq_nearest)); }

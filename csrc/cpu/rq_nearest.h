@@ -22,6 +22,7 @@ struct Nearest {
 };
 
 struct NearestUnit {
+  const char* name;
   Nearest<float> f32;
   Nearest<double> f64;
 };

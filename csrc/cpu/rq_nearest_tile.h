@@ -1,6 +1,6 @@
 // A register tile of a matrix product whose epilogue keeps a running argmin instead of storing the distances.
 //
-// Included once per instruction-set unit, with VECTOR_BYTES, TILE_ROWS and UNIT defined. Everything here has internal
+// Included once per instruction-set unit, with UNIT, UNIT_NAME, VECTOR_BYTES and TILE_ROWS defined. Everything here has internal
 // linkage and nothing comes from the standard library: a shared template compiled for AVX-512 could be the copy that the
 // linker keeps for the whole program. Compilers emulate vectors wider than the unit's registers very slowly, hence one unit
 // per width. Products are accumulated feature by feature in one order, so equal codes get equal distances wherever they lie.
@@ -102,6 +102,6 @@ constexpr Nearest<T> nearest() {
 
 }  // namespace
 
-extern const NearestUnit UNIT = {nearest<float>(), nearest<double>()};
+extern const NearestUnit UNIT = {UNIT_NAME, nearest<float>(), nearest<double>()};
 
 }  // namespace genrec

@@ -6,6 +6,7 @@ device key, which the dispatcher prefers, so nothing in Python ever chooses.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,19 @@ def load_native() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{path} does not load into torch {torch.__version__} ({error}); build it again"
     return None
+
+
+def native_isa() -> str | None:
+    """Instruction set of the compiled kernels on this machine: "avx512", "avx2" or "portable"; None without them.
+
+    The environment variable GENREC_CPU_ISA, read at the first call, forbids the wider ones.
+    """
+    path = native_library()
+    if path is None or not native_operators("cpu"):
+        return None
+    function = ctypes.CDLL(str(path)).genrec_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def native_operators(device: str) -> list[str]:

@@ -33,13 +33,15 @@ def _wide_bias(q: Tensor, options: Options) -> Tensor | None:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     options = Options(*rest)
     batch = padded.dense_batch(q, k, options)
-    return padded.forward(*_wide(q, q, k, v), _wide_bias(q, options), options.scale, batch).to(q.dtype)
+    qf, kf, vf = _wide(q, q, k, v)
+    return padded.forward(qf, kf, vf, _wide_bias(q, options), options.scale, batch).to(q.dtype)
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     options = Options(*rest)
     batch = padded.dense_batch(q, k, options)
-    gradients = padded.backward(*_wide(q, grad, q, k, v), _wide_bias(q, options), options.scale, batch)
+    gf, qf, kf, vf = _wide(q, grad, q, k, v)
+    gradients = padded.backward(gf, qf, kf, vf, _wide_bias(q, options), options.scale, batch)
     return _narrow(gradients, q, options.rel_bias)
 
 

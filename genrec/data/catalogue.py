@@ -109,7 +109,7 @@ def _read_codes(directory: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]
 def _read_index_json(path: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]:
     codes_of = {}
     for item, words in _read_json(path).items():
-        matches = [re.fullmatch(r"<[a-z]+_(\d+)>", str(word)) for word in words]
+        matches = [re.fullmatch(r"<[a-z]+_(\d+)>", str(word)) for word in words] if isinstance(words, list) else []
         if not matches or None in matches:
             raise ValueError(f"{path}: item {item!r} has {words!r}; expected words such as '<a_1>'")
         codes_of[item] = [int(match[1]) for match in matches if match]

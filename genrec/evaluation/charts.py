@@ -31,6 +31,7 @@ MAX_POINTS = 240  # more than the pixels of a chart; longer curves are averaged 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 11.5,
+    "text.parse_math": False,  # a $ in a name is a dollar
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -115,7 +116,7 @@ def curves(rows: Sequence[Row], panels: Mapping[str, Mapping[str, str]], x_label
 
 @_styled
 def levels(rows: Sequence[Row], panels: Mapping[str, str]) -> str:
-    """Curves over epochs, one a codebook level: `panels` maps a title to the key of a list with one number per level."""
+    """Curves over epochs, one a codebook level: `panels` maps a title to the key of lists, one number per level."""
     drawn = {
         title: [(f"level {level + 1}", points[0], column) for level, column in enumerate(points[1].T)]
         for title, key in panels.items()

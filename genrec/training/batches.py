@@ -72,7 +72,9 @@ def _windows(rows: list[tuple[int, int, int]]) -> Windows:
 class TrainingSet:
     """Windows over event sequences, and the packed batches cut from them."""
 
-    def __init__(self, sequences: EventSequences, windows: Windows, wanted: NDArray[np.bool_], config: UGTConfig) -> None:
+    def __init__(
+        self, sequences: EventSequences, windows: Windows, wanted: NDArray[np.bool_], config: UGTConfig
+    ) -> None:
         """wanted (E,): which events may be targets; out-of-vocabulary events never are."""
         self.sequences = filter_token_types(sequences, config.types)
         self.wanted = wanted & (sequences.item_ids > 0)

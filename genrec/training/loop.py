@@ -88,7 +88,9 @@ def _train_step(stage: Stage, model: UGT, engine: TorchEngine, step: int, total:
     with engine.autocast():
         loss, values = stage.loss(model, step)
     if not math.isfinite(loss.item()):
-        raise ValueError(f"the loss of {stage.name} is {loss.item()} at step {step}; try a lower {stage.name}.optimizer.lr")
+        raise ValueError(
+            f"the loss of {stage.name} is {loss.item()} at step {step}; try a lower {stage.name}.optimizer.lr"
+        )
     norm = engine.step(loss, lr)
     model.balance_router()
     return {**{name: float(value) for name, value in values.items()}, "lr": lr, "gradient_norm": norm}

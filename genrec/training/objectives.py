@@ -26,8 +26,7 @@ def anchored_loss(
 ) -> tuple[Tensor, Values]:
     """The same from encoded (T, D) and hidden (M, levels, D), for a caller that needs them too."""
     loss_ids = model.code_losses(hidden, targets.items).mean(0).sum()
-    logits = model.item_logits(encoded[targets.last_tokens], item_vectors)
-    loss_items = F.cross_entropy(logits.float(), targets.items)
+    loss_items = model.item_loss(encoded[targets.last_tokens], item_vectors, targets.items)
     loss = loss_ids + item_weight * loss_items
     return loss, {"loss": loss.detach(), "loss_ids": loss_ids.detach(), "loss_items": loss_items.detach()}
 

@@ -38,11 +38,13 @@ def train(config: TrainConfig) -> UGT:
         validator = None
         if config.refit is None:
             validator = Validator(sequences, config.recommender, config.valid_users, config.seed)
-        events, _ = leave_out(sequences, 2 if config.refit is None else 1)
+        held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
+        events, _ = leave_out(sequences, held_out)
         with MetricsLog(config.out) as log:
             stages = {name: _finish_stage(name, model, events, config, log, validator) for name in config.stages}
         recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, config, validator))
-        save_model(config.out, model, recommender, stages=stages)
+        data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
+        save_model(config.out, model, recommender, data=data, stages=stages)
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     return model
 
@@ -51,7 +53,9 @@ def build_model(config: TrainConfig) -> UGT:
     """A fresh model, whose weights are a function of the seed."""
     catalogue = load_catalogue(config.features)
     semantic_ids = load_semantic_ids(config.semantic_ids, catalogue)
-    vocabulary = ModelVocabulary(catalogue.size, semantic_ids.codebook_sizes, load_vocabulary(config.features).type_sizes)
+    vocabulary = ModelVocabulary(
+        catalogue.size, semantic_ids.codebook_sizes, load_vocabulary(config.features).type_sizes
+    )
     torch.manual_seed(config.seed)
     model = UGT(config.model, vocabulary, torch.from_numpy(semantic_ids.codes))
     return model.to(_device(config.device))
@@ -106,7 +110,9 @@ def _prepare_directory(config: TrainConfig) -> None:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
         return
     if not config.resume:
-        raise FileExistsError(f"{config.out} already holds a run; pass --resume true to go on or --overwrite true to start anew")
+        raise FileExistsError(
+            f"{config.out} already holds a run; pass --resume true to go on or --overwrite true to start anew"
+        )
     before = json.loads(path.read_text())
     for key, value in record.items():
         if before.get(key) != value:

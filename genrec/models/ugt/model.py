@@ -11,6 +11,7 @@ from genrec.models.ugt.batch import TargetBatch, TokenBatch
 from genrec.models.ugt.config import ModelVocabulary, UGTConfig
 from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
 from genrec.models.ugt.encoder import Encoder
+from genrec.models.ugt.losses import linear_cross_entropy
 
 
 class UGT(nn.Module):
@@ -73,6 +74,10 @@ class UGT(nn.Module):
     def item_logits(self, users: Tensor, item_vectors: Tensor) -> Tensor:
         """The item head: user vectors (M, D) → (M, N + 1)."""
         return F.linear(users, item_vectors, self.item_bias)
+
+    def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
+        """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""
+        return linear_cross_entropy(users, item_vectors, self.item_bias, items)
 
     def memory(self, encoded: Tensor, tokens: TokenBatch) -> Memory:
         return self.decoder.memory(encoded, tokens.cu_seqlens, tokens.max_seqlen)

@@ -1,0 +1,88 @@
+"""The model beside its baselines: same users, same histories, same targets, each baseline fitted on the model's events."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genrec.data.sequences import leave_out, take_users
+from genrec.evaluation.baselines import Popularity, Transition
+from genrec.evaluation.metrics import Evaluation, Interval, evaluate, paired_bootstrap
+from genrec.generation import Recommender, RecommenderConfig
+from genrec.interfaces import EventSequences, Ranker
+from genrec.models.ugt import UGT
+
+MODEL = "ugt"
+BASELINES = ("popularity", "transition")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every ranker did for the same U users; the first is the model as it is meant to be used."""
+
+    histories: EventSequences
+    targets: NDArray[np.int32]  # (U,) item index, 0 = out of vocabulary
+    liked: NDArray[np.bool_]  # (U,) whether the user rated the target liked_from or better
+    evaluations: dict[str, Evaluation]
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Ranker → {"recall@5": …, "ndcg@5": …, "valid_item_rate": …}."""
+        return {name: evaluation.metrics for name, evaluation in self.evaluations.items()}
+
+    def liked_metrics(self) -> dict[str, dict[str, float]]:
+        """The same over the users who liked what they took next; empty where the log has no ratings."""
+        if not self.liked.any():
+            return {}
+        return {
+            name: {key: float(values[self.liked].mean()) for key, values in evaluation.per_user.items()}
+            for name, evaluation in self.evaluations.items()
+        }
+
+    def intervals(self, key: str = "ndcg@10") -> dict[str, Interval]:
+        """How far the model is ahead of each baseline, with a 95 % bootstrap interval over users."""
+        model = self.evaluations[MODEL].per_user[key]
+        return {name: paired_bootstrap(model, self.evaluations[name].per_user[key]) for name in BASELINES}
+
+
+def compare(
+    model: UGT, config: RecommenderConfig, sequences: EventSequences, trained_without: int, liked_from: float
+) -> Comparison:
+    """Leave-one-out on every user's last event.
+
+    trained_without: how many last events of every user the model was not trained on, 2 or 1 after a refit.
+    """
+    size = model.vocabulary.items
+    fitted_on = leave_out(sequences, trained_without)[0]
+    histories, targets = leave_out(sequences, 1)
+    able = np.flatnonzero(np.diff(histories.cu_events) > 0)
+    if len(able) == 0:
+        raise ValueError("no user has two events; expected some, one to read and one to predict")
+    histories, targets = take_users(histories, able), targets[able]
+    rankers: dict[str, Ranker] = {
+        MODEL: Recommender(model, config),
+        "ugt_beam": Recommender(model, dataclasses.replace(config, mode="beam")),
+        "ugt_item_head": Recommender(model, dataclasses.replace(config, mode="items")),
+        "popularity": Popularity.fit(fitted_on, size),
+        "transition": Transition.fit(fitted_on, size),
+    }
+    ratings = sequences.ratings[sequences.cu_events[1:][able] - 1]
+    evaluations = {name: evaluate(ranker, histories, targets, size, name=name) for name, ranker in rankers.items()}
+    return Comparison(histories, targets, ratings >= liked_from, evaluations)
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON: test, test_liked where there are ratings, and the model's lead over each baseline."""
+    liked = comparison.liked_metrics()
+    return {
+        "test": comparison.metrics(),
+        **({"test_liked": liked} if liked else {}),
+        "users": {"test": len(comparison.targets), "test_liked": int(comparison.liked.sum())},
+        "ndcg@10_ahead_of": {
+            name: {**dataclasses.asdict(interval), "verdict": interval.verdict}
+            for name, interval in comparison.intervals().items()
+        },
+    }

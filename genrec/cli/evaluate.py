@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 import genrec
-from genrec.data.catalogue import load_catalogue
 from genrec.data.files import atomic_file
 from genrec.data.sequences import load_sequences, take_users
 from genrec.evaluation.comparison import Comparison, compare, summary
 from genrec.evaluation.report import NAMES, Example, ReportData, verdict, write_report
 from genrec.generation import Recommender
-from genrec.generation.storage import load_model, read_model_json
+from genrec.generation.storage import load_catalogue_of, load_model, read_model_json
 from genrec.interfaces import Catalogue, EventSequences
 from genrec.training.log import read_metrics
 
@@ -48,11 +47,7 @@ def run(config: Config) -> None:
     model, recommender = load_model(config.model)
     record = read_model_json(config.model)
     features = config.features or Path(record["data"]["features"])
-    sequences, catalogue = load_sequences(features), load_catalogue(features)
-    if catalogue.size != model.vocabulary.items:
-        raise ValueError(
-            f"{features} has {catalogue.size} items, the model was trained on {model.vocabulary.items}; expected its features"
-        )
+    sequences, catalogue = load_sequences(features), load_catalogue_of(model, features)
     comparison = compare(model, recommender, sequences, record["data"]["held_out"], config.liked_from)
     out = config.out or config.model.parent
     results = summary(comparison) | {"alpha": recommender.alpha, "beams": recommender.beams}

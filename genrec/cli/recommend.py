@@ -14,10 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from genrec.data.catalogue import load_catalogue
 from genrec.data.sequences import load_sequences, take_users
 from genrec.generation import Recommender
-from genrec.generation.storage import load_model, read_model_json
+from genrec.generation.storage import load_catalogue_of, load_model, read_model_json
 from genrec.interfaces import Catalogue, EventSequences, TokenType
 
 
@@ -46,11 +45,7 @@ def run(config: Config) -> None:
         raise ValueError(f"top_k is {config.top_k}; expected 1 or more")
     model, settings = load_model(config.model)
     features = config.features or Path(read_model_json(config.model)["data"]["features"])
-    catalogue = load_catalogue(features)
-    if catalogue.size != model.vocabulary.items:
-        raise ValueError(
-            f"{features} has {catalogue.size} items, the model was trained on {model.vocabulary.items}; expected its features"
-        )
+    catalogue = load_catalogue_of(model, features)
     history = typed_history(config.history, catalogue) if config.history else user_history(config.user, features)
     recommender = Recommender(model, replace(settings, exclude_seen=not config.include_seen))
     ranked, scores = recommender.rank_scored(history, min(config.top_k, catalogue.size))
@@ -73,7 +68,9 @@ def user_history(user: str | None, features: Path) -> EventSequences:
     found = np.flatnonzero(sequences.user_ids == user)
     if len(found) == 0:
         some = ", ".join(sequences.user_ids[:5])
-        raise ValueError(f"user {user!r} is not in {features}; expected one of its {len(sequences)} users, such as {some}")
+        raise ValueError(
+            f"user {user!r} is not in {features}; expected one of its {len(sequences)} users, such as {some}"
+        )
     return take_users(sequences, found)
 
 

@@ -1,4 +1,4 @@
-"""The model beside its baselines: same users, same histories, same targets, each baseline fitted on the model's events."""
+"""The model beside its baselines: same users, histories and targets, each baseline fitted on the model's events."""
 
 from __future__ import annotations
 

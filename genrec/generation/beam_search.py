@@ -19,8 +19,8 @@ def beam_search(
 
     memory: encoder keys and values of the requests; start (B, D): the decoder's first row; forbidden (B, N + 1) bool:
     items that must not come back → items (B, W) int64 and log-probabilities (B, W) float32, falling; W ≤ beams. Where
-    fewer items can be reached the rest has item 0 and log-probability -inf. The probability of a code is normalised over
-    the codes that lead on to an item.
+    fewer items can be reached the rest has item 0 and log-probability -inf. The probability of a code is normalised
+    over the codes that lead on to an item.
     """
     batch = len(start)
     nodes = torch.zeros(batch, 1, dtype=torch.int64, device=start.device)

@@ -11,7 +11,7 @@ from genrec.models.ugt import TokenBatch, UGTConfig
 
 
 def token_batch(sequences: EventSequences, config: UGTConfig, device: torch.device | str = "cpu") -> TokenBatch:
-    """All tokens of `sequences` of the types that the model reads. Every sequence holds 1 … config.max_events events."""
+    """The tokens of `sequences` that the model reads. Every sequence holds 1 … config.max_events events."""
     sequences = filter_token_types(sequences, config.types)
     lengths = np.diff(sequences.cu_tokens)
 

@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from genrec.data.catalogue import load_catalogue
 from genrec.data.files import atomic_file
 from genrec.generation.recommender import RecommenderConfig
+from genrec.interfaces import Catalogue
 from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
 
 
@@ -36,8 +38,21 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[UGT, RecommenderCo
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{directory / 'model.safetensors'} does not hold the weights of model.json ({error})") from None
+        raise ValueError(
+            f"{directory / 'model.safetensors'} does not hold the weights of model.json ({error})"
+        ) from None
     return model.to(device).eval(), recommender
+
+
+def load_catalogue_of(model: UGT, features: Path) -> Catalogue:
+    """The catalogue in `features`, which must be the one the model was trained on."""
+    catalogue = load_catalogue(features)
+    if catalogue.size != model.vocabulary.items:
+        raise ValueError(
+            f"{features} has {catalogue.size} items, the model was trained on {model.vocabulary.items}; "
+            "expected the features directory of its training"
+        )
+    return catalogue
 
 
 def read_model_json(directory: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Windows:
 def all_positions(cu_events: IntArray, max_events: int) -> Windows:
     """Windows in which every event but a user's first is a target exactly once.
 
-    Histories longer than max_events are cut into overlapping windows, so that every target beyond the first window still
-    sees at least half of max_events events.
+    Histories longer than max_events are cut into overlapping windows, so that every target beyond the first window
+    still sees at least half of max_events events.
     """
     stride = max(1, max_events // 2)
     rows = []
@@ -112,7 +112,8 @@ class TrainingSet:
                 int((last - first).max()),
             ),
             TargetBatch(
-                to(tokens.item_ids[events]), to(last_tokens), to(cu_targets, torch.int32), int(np.diff(cu_targets).max())
+                to(tokens.item_ids[events]), to(last_tokens), to(cu_targets, torch.int32),
+                int(np.diff(cu_targets).max()),
             ),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, renamed; the newest whole one is resumed from."""
+"""Checkpoints that are whole or not there: written aside, checksummed, renamed; resumed from the newest whole one."""
 
 from __future__ import annotations
 

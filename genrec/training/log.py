@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,16 +18,19 @@ class MetricsLog:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = self._open()
         self._board = SummaryWriter(str(directory / "tensorboard"))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what an interrupted run logged of `stage` after `step`, so that the file reads as if it never stopped."""
+        """Forget what an interrupted run logged of `stage` after `step`, as if it had never been."""
         kept = [row for row in read_metrics(self.path) if row["stage"] != stage or 0 < row["step"] <= step]
         self._file.close()
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
+        return open(self.path, "a", encoding="utf-8")  # noqa: SIM115 – held until the log is closed
 
     def write(self, stage: str, step: int, **values: float | list[float]) -> None:
         """Log `values` at `step` of `stage`; lists (one number per level, per expert) become one curve an element."""

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -48,7 +48,16 @@ class UGTConfig:
             raise ValueError(f"model.token_types is {list(self.token_types)}; expected it to hold 'item'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; expected at least 0 and below 1")
-        for name in ("d_model", "heads", "encoder_layers", "decoder_layers", "d_ffn", "d_expert", "max_events", "rel_bias_size"):
+        for name in (
+            "d_model",
+            "heads",
+            "encoder_layers",
+            "decoder_layers",
+            "d_ffn",
+            "d_expert",
+            "max_events",
+            "rel_bias_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected 1 or more")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genrec.kernels import relu_attention
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import GroupLayerNorm, MixtureOfExperts, ReluAttention
+from genrec.models.ugt.layers import GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     def __init__(self, config: UGTConfig, levels: int) -> None:
         super().__init__()
         self.levels = levels
-        self.layers = nn.ModuleList(DecoderLayer(config, levels) for _ in range(config.decoder_layers))
+        self.layers = module_list(DecoderLayer(config, levels) for _ in range(config.decoder_layers))
         self.norm = GroupLayerNorm(config.d_model, levels)
 
     def memory(self, encoded: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Memory:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from genrec.interfaces import TokenType
 from genrec.models.ugt.batch import TokenBatch
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import FeedForward, GroupLayerNorm, ReluAttention
+from genrec.models.ugt.layers import FeedForward, GroupLayerNorm, ReluAttention, module_list
 
 
 class EncoderLayer(nn.Module):
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: UGTConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers = module_list(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = GroupLayerNorm(config.d_model, len(TokenType))
 
     def forward(self, x: Tensor, tokens: TokenBatch) -> Tensor:

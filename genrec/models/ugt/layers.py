@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.kernels import group_layer_norm, moe_experts, moe_route, relu_attention, relu_attention_varlen
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """nn.ModuleList that remembers, for the type checker, what it holds."""
+    return cast(Sequence[M], nn.ModuleList(modules))
 
 
 class GroupLayerNorm(nn.Module):

@@ -44,9 +44,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """mean over rows of -log softmax(x · weightᵀ + bias)[target].
 
-    x (M, D), weight (V, D), bias (V,), targets (M,) int64 → scalar, float32. Products run in the autocast dtype where one
-    is active, the softmax in float32. Equals F.cross_entropy(F.linear(x, weight, bias), targets) at a fraction of its
-    memory: the (M, V) logits are never whole (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
+    x (M, D), weight (V, D), bias (V,), targets (M,) int64 → scalar, float32. Products run in the autocast dtype where
+    one is active, the softmax in float32. Equals F.cross_entropy(F.linear(x, weight, bias), targets) at a fraction of
+    its memory: the (M, V) logits are never whole (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language
+    Models").
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

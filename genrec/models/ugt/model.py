@@ -1,4 +1,4 @@
-"""UGT, the unified generative transformer: event tokens in, the codes of the next item out, and an item head beside them."""
+"""UGT, the unified generative transformer: event tokens in, the codes of the next item out, an item head beside them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from genrec.models.ugt.batch import TargetBatch, TokenBatch
 from genrec.models.ugt.config import ModelVocabulary, UGTConfig
 from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
 from genrec.models.ugt.encoder import Encoder
+from genrec.models.ugt.layers import module_list
 from genrec.models.ugt.losses import linear_cross_entropy
 
 
 class UGT(nn.Module):
-    """One table of code embeddings serves everywhere: an item is read as the sum of its codes and of a vector of its own,
-    the decoder reads codes from the same rows, and code and item logits are products with the same rows."""
+    """One table of code embeddings serves everywhere: an item is read as the sum of its codes and of a vector of its
+    own, the decoder reads codes from the same rows, and code and item logits are products with the same rows."""
 
     codes: Tensor
 
@@ -27,11 +28,9 @@ class UGT(nn.Module):
         d_model, levels = config.d_model, len(vocabulary.codebook_sizes)
         self.register_buffer("codes", codes)
         self.item_embedding = nn.Embedding(vocabulary.items + 1, d_model)
-        self.code_embeddings = nn.ModuleList(nn.Embedding(size, d_model) for size in vocabulary.codebook_sizes)
-        others = [token_type for token_type in config.types if token_type != TokenType.ITEM]
-        self.token_embeddings = nn.ModuleDict(
-            {token_type.name.lower(): nn.Embedding(vocabulary.type_sizes[token_type], d_model) for token_type in others}
-        )
+        self.code_embeddings = module_list(nn.Embedding(size, d_model) for size in vocabulary.codebook_sizes)
+        others = [t for t in config.types if t != TokenType.ITEM]
+        self.token_embeddings = module_list(nn.Embedding(vocabulary.type_sizes[t], d_model) for t in others)
         self.type_embedding = nn.Embedding(len(TokenType), d_model)
         self.position_embedding = nn.Embedding(config.max_events + 1, d_model)
         self.level_embedding = nn.Embedding(levels, d_model)
@@ -49,7 +48,7 @@ class UGT(nn.Module):
         return len(self.code_embeddings)
 
     def item_vectors(self) -> Tensor:
-        """(N + 1, D): every item as its own vector plus its code embeddings; the out-of-vocabulary item has no codes."""
+        """(N + 1, D): every item as its own vector plus its code embeddings; row 0, out of vocabulary, has no codes."""
         own = self.item_embedding.weight
         codes = sum(table(self.codes[1:, level]) for level, table in enumerate(self.code_embeddings))
         return torch.cat([own[:1], own[1:] + codes])
@@ -61,9 +60,9 @@ class UGT(nn.Module):
         return self.encoder(self.dropout(x), tokens)
 
     def _embed_tokens(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
-        if not self.token_embeddings:
+        if len(self.token_embeddings) == 0:
             return F.embedding(tokens.token_ids, item_vectors)
-        tables = [item_vectors, *(table.weight for table in self.token_embeddings.values())]
+        tables = [item_vectors, *(table.weight for table in self.token_embeddings)]
         first_row = torch.zeros(len(TokenType), dtype=torch.int64, device=tokens.token_ids.device)
         row = 0
         for token_type, table in zip(self.config.types, tables, strict=True):
@@ -102,9 +101,7 @@ class UGT(nn.Module):
         x = self.dropout(torch.stack(rows, 1))
         return self.decoder(x, self.memory(encoded, tokens), key_limit, targets.cu_seqlens, targets.max_seqlen)
 
-    def step(
-        self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]
-    ) -> tuple[Tensor, list[KeyValue]]:
+    def step(self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]) -> tuple[Tensor, list[KeyValue]]:
         """One level of every beam, see Decoder.step."""
         return self.decoder.step(x, level, memory, past)
 

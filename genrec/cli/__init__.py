@@ -52,8 +52,12 @@ def _run(command: str, argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return _fail(f"genrec {command}", "PyTorch is not installed; pip install 'torch>=2.11,<2.14' "
-                     "(add --index-url https://download.pytorch.org/whl/cpu on a machine without a GPU)", 2)
+        return _fail(
+            f"genrec {command}",
+            "PyTorch is not installed; pip install 'torch>=2.11,<2.14' "
+            "(add --index-url https://download.pytorch.org/whl/cpu on a machine without a GPU)",
+            2,
+        )
     module.run(_parse(command, module, argv))
     return 0
 
@@ -63,7 +67,7 @@ def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help
-    parser = ArgumentParser(prog=f"genrec {command}", description=module.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=f"genrec {command}", description=module.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these keys; later arguments win")
     parser.add_class_arguments(module.Config)
     try:
@@ -82,4 +86,6 @@ def _fail(where: str, message: str, code: int) -> int:
 
 def _usage() -> str:
     rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
-    return f"usage: genrec COMMAND [--config FILE] [--key value ...]\n\n{rows}\n\ngenrec COMMAND --help explains its keys."
+    return (
+        f"usage: genrec COMMAND [--config FILE] [--key value ...]\n\n{rows}\n\ngenrec COMMAND --help explains its keys."
+    )

@@ -27,46 +27,48 @@ def item_features(
     Raises ValueError if neither source has anything.
     """
     dim = text_dim + cooccurrence_dim
-    has_text, has_pairs = any(text.strip() for text in texts), len(pairs["a"]) > 0
-    if not (has_text and text_dim) and not (has_pairs and cooccurrence_dim):
+    words = _encode(texts, text_encoder) if text_dim else None
+    together = _ppmi(pairs, len(texts)) if cooccurrence_dim and len(pairs["a"]) else None
+    if words is None and together is None:
         raise ValueError(
             "items have no text and no two of them are consumed close together; give an item file with text"
         )
-    if not has_text or not has_pairs:
-        text_dim, cooccurrence_dim = (dim, 0) if has_text and text_dim else (0, dim)
-    halves = [np.zeros((len(texts), 0))]
+    if words is None or together is None:
+        text_dim, cooccurrence_dim = (0, dim) if words is None else (dim, 0)
+    halves = []
     with threadpool_limits(limits=1):  # BLAS sums in another order on another number of threads
-        if text_dim:
-            halves.append(_text_features(texts, text_dim, text_encoder, seed))
-        if cooccurrence_dim:
-            halves.append(_cooccurrence_features(pairs, len(texts), cooccurrence_dim, seed))
+        if words is not None:
+            left, singular = _truncated_svd(words, text_dim, seed)
+            halves.append(_unit_rows(left * singular, text_dim))
+        if together is not None:
+            left, singular = _truncated_svd(together, cooccurrence_dim, seed)
+            halves.append(_unit_rows(left * np.sqrt(singular), cooccurrence_dim))
     features = np.concatenate(halves, axis=1).astype(np.float32)
     return np.concatenate([np.zeros((1, dim), np.float32), features])
 
 
-def _text_features(texts: Sequence[str], dim: int, encoder: str, seed: int) -> NDArray[np.float64]:
-    matrix = _minilm(texts) if encoder == "minilm" else _tfidf(texts)
-    left, singular = _truncated_svd(matrix, dim, seed)
-    return _unit_rows(left * singular, dim)
+def _encode(texts: Sequence[str], encoder: str) -> sparse.csr_matrix | NDArray[np.float64] | None:
+    """One row per text, None if there is no word in any of them."""
+    if not any(text.strip() for text in texts):
+        return None
+    return _minilm(texts) if encoder == "minilm" else _tfidf(texts)
 
 
-def _cooccurrence_features(pairs: dict[str, NDArray[np.int64]], items: int, dim: int, seed: int) -> NDArray[np.float64]:
-    left, singular = _truncated_svd(_ppmi(pairs, items), dim, seed)
-    return _unit_rows(left * np.sqrt(singular), dim)
-
-
-def _tfidf(texts: Sequence[str]) -> sparse.csr_matrix:
+def _tfidf(texts: Sequence[str]) -> sparse.csr_matrix | None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    for min_df in (2, 1):  # a handful of items may share no word at all
-        vectorizer = TfidfVectorizer(
-            ngram_range=(1, 2), min_df=min_df, sublinear_tf=True, stop_words="english", max_features=60_000
-        )
+    usual = {"ngram_range": (1, 2), "sublinear_tf": True, "max_features": 60_000}
+    attempts = [  # a handful of items may share no word, or have only short ones
+        {"min_df": 2, "stop_words": "english"},
+        {"min_df": 1, "stop_words": "english"},
+        {"min_df": 1, "token_pattern": r"\w+"},
+    ]
+    for settings in attempts:
         try:
-            return vectorizer.fit_transform(texts)
+            return TfidfVectorizer(**usual, **settings).fit_transform(texts)
         except ValueError:  # no word is left
             continue
-    return sparse.csr_matrix((len(texts), 1))
+    return None
 
 
 def _minilm(texts: Sequence[str]) -> NDArray[np.float64]:
@@ -85,14 +87,12 @@ def _ppmi(pairs: dict[str, NDArray[np.int64]], items: int) -> sparse.csr_matrix:
     a, b = pairs["a"] - 1, pairs["b"] - 1
     rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
     matrix = sparse.csr_matrix((np.tile(weights, 2), (rows, columns)), shape=(items, items))
-    total = matrix.sum()
     item_weight = np.asarray(matrix.sum(axis=1)).ravel()
     context_share = item_weight**0.75 / (item_weight**0.75).sum()
     matrix = matrix.tocoo()
     information = np.log(matrix.data / (item_weight[matrix.row] * context_share[matrix.col]))
     positive = information > 0
     kept = (information[positive], (matrix.row[positive], matrix.col[positive]))
-    assert total > 0
     return sparse.csr_matrix(kept, shape=(items, items))
 
 

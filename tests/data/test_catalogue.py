@@ -39,7 +39,13 @@ def test_catalogue_round_trip(tmp_path, catalogue):
 def test_catalogue_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the output of genrec features"):
         load_catalogue(tmp_path)
-    columns = {"item_index": [2, 1], "item_id": ["a", "b"], "title": ["", ""], "count": [1, 1], "features": [[1.0], [1.0]]}
+    columns = {
+        "item_index": [2, 1],
+        "item_id": ["a", "b"],
+        "title": ["", ""],
+        "count": [1, 1],
+        "features": [[1.0], [1.0]],
+    }
     pq.write_table(pa.table(columns), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match="item_index is not 1, 2"):
         load_catalogue(tmp_path)

@@ -49,7 +49,11 @@ def test_tokens(movielens_features, histories):
         before = None
         for n, (item, rating, time) in enumerate(events[-200:]):
             gap = 0 if before is None else sum(edge <= time - before for edge in GAP_EDGES)
-            expected += [(index[item], TokenType.ITEM, n), (int(rating * 2), TokenType.ACTION, n), (gap, TokenType.TIME, n)]
+            expected += [
+                (index[item], TokenType.ITEM, n),
+                (int(rating * 2), TokenType.ACTION, n),
+                (gap, TokenType.TIME, n),
+            ]
             before = time
     found = zip(sequences.token_ids.tolist(), sequences.type_ids.tolist(), sequences.positions.tolist(), strict=True)
     assert list(found) == expected
@@ -119,7 +123,9 @@ def test_nothing_of_the_holdout_reaches_counts_and_features(movielens, tmp_path,
 
 
 def test_rows_per_file(movielens, movielens_features, tmp_path):
-    config = FeaturesConfig(movielens / "ratings.csv", tmp_path / "out", rows_per_file=100, text_dim=0, cooccurrence_dim=2)
+    config = FeaturesConfig(
+        movielens / "ratings.csv", tmp_path / "out", rows_per_file=100, text_dim=0, cooccurrence_dim=2
+    )
     build_features(config)
     parts = sorted(path.name for path in (tmp_path / "out" / "sequences").iterdir())
     assert parts == [f"part-{part:05d}-of-00007.parquet" for part in range(math.ceil(671 / 100))]

@@ -13,7 +13,9 @@ from genrec.interfaces import EventSequences, TokenType
 @st.composite
 def event_sequences(draw):
     """Users of 0 to 6 events; every event has an item token and any of the other types."""
-    users = draw(st.lists(st.lists(st.tuples(st.integers(0, 9), st.sets(st.sampled_from([1, 2, 3]))), max_size=6), max_size=5))
+    users = draw(
+        st.lists(st.lists(st.tuples(st.integers(0, 9), st.sets(st.sampled_from([1, 2, 3]))), max_size=6), max_size=5)
+    )
     tokens = [
         [(item + 10 * kind, kind, n) for n, (item, kinds) in enumerate(events) for kind in [0, *sorted(kinds)]]
         for events in users
@@ -85,7 +87,9 @@ def test_take_users(sequences, data):
 @given(event_sequences(), st.integers(1, 3), st.integers(0, 3))
 def test_cuts_compose(sequences, n, keep):
     """What is left after hiding n events and keeping some equals one slice."""
-    expected = [(user, events[: max(len(events) - n, 0)][-keep or len(events) :]) for user, events in as_lists(sequences)]
+    expected = [
+        (user, events[: max(len(events) - n, 0)][-keep or len(events) :]) for user, events in as_lists(sequences)
+    ]
     assert as_lists(last_events(leave_out(sequences, n)[0], keep)) == expected
 
 

@@ -1,0 +1,57 @@
+"""Files and directories appear whole or not at all."""
+
+import stat
+
+import pytest
+
+from genrec.data.files import atomic_directory, atomic_file, locked
+
+
+def test_file_appears_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_file_is_untouched_when_the_block_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_directory_replaces_only_on_request(tmp_path):
+    path = tmp_path / "out"
+    path.mkdir()  # an empty directory is no obstacle
+    with atomic_directory(path) as temporary:
+        (temporary / "a").write_text("1")
+    with pytest.raises(FileExistsError, match="already exists"), atomic_directory(path):
+        pass
+    with atomic_directory(path, overwrite=True) as temporary:
+        (temporary / "b").write_text("2")
+    assert [file.name for file in path.iterdir()] == ["b"]
+    with pytest.raises(FileExistsError, match="is a file"), atomic_directory(path / "b", overwrite=True):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_directory_is_held_by_one_run(tmp_path):
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(BlockingIOError, match="in use by another run"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    with locked(tmp_path / "run"):  # and free afterwards
+        pass

@@ -36,15 +36,6 @@ const NearestUnit& choose_unit() {
   return genrec::nearest_portable;
 }
 
-const NearestUnit& unit() {
-  static const NearestUnit& chosen = choose_unit();
-  return chosen;
-}
-
-template <typename T> const Nearest<T>& kernel();
-template <> const Nearest<float>& kernel<float>() { return unit().f32; }
-template <> const Nearest<double>& kernel<double>() { return unit().f64; }
-
 template <typename T>
 struct Codebook {
   const T* codes;  // (size, dim)
@@ -54,8 +45,8 @@ struct Codebook {
 
 // The codes as panels, and their squared norms; the codes that fill up the last panel are infinitely far away.
 template <typename T>
-Codebook<T> pack(const T* codes, int64_t size, int64_t dim) {
-  const int64_t lanes = kernel<T>().panel, panels = (size + lanes - 1) / lanes;
+Codebook<T> pack(const T* codes, int64_t size, int64_t dim, int64_t lanes) {
+  const int64_t panels = (size + lanes - 1) / lanes;
   Codebook<T> book{codes, size, panels, std::vector<T>(panels * lanes * dim),
                    std::vector<T>(panels * lanes, std::numeric_limits<T>::infinity())};
   torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 65536 / (lanes * std::max<int64_t>(dim, 1))),
@@ -75,8 +66,8 @@ Codebook<T> pack(const T* codes, int64_t size, int64_t dim) {
 }
 
 template <typename T>
-void search(const T* x, int64_t rows, int64_t dim, const std::vector<Codebook<T>>& books, int64_t* codes, T* quantized) {
-  const auto& nearest = kernel<T>();
+void search(const Nearest<T>& nearest, const T* x, int64_t rows, int64_t dim, const std::vector<Codebook<T>>& books,
+            int64_t* codes, T* quantized) {
   const int64_t levels = books.size(), blocks = (rows + kRowBlock - 1) / kRowBlock;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const int64_t room = std::min(kRowBlock, (rows + nearest.tile - 1) / nearest.tile * nearest.tile);
@@ -103,7 +94,8 @@ void search(const T* x, int64_t rows, int64_t dim, const std::vector<Codebook<T>
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> run(const Tensor& x, const std::vector<Tensor>& codebooks, ScalarType wide) {
+std::tuple<Tensor, Tensor> run(const Nearest<T>& nearest, const Tensor& x, const std::vector<Tensor>& codebooks,
+                               ScalarType wide) {
   const int64_t rows = x.size(0), dim = x.size(1), levels = codebooks.size();
   const ScalarType out_type = codebooks[0].scalar_type();
   const Tensor input = contiguous(to(x, wide));
@@ -113,24 +105,25 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const std::vector<Tensor>& codeb
     STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) > 0 && codebook.size(1) == dim,
                     "rq_nearest: every codebook must be (K, D) with K at least 1 and the D of x");
     keep.push_back(contiguous(to(codebook, wide)));
-    books.push_back(pack(static_cast<const T*>(keep.back().const_data_ptr()), codebook.size(0), dim));
+    books.push_back(pack(static_cast<const T*>(keep.back().const_data_ptr()), codebook.size(0), dim, nearest.panel));
   }
   Tensor codes = torch::stable::new_empty(x, {rows, levels}, ScalarType::Long);
   Tensor quantized = torch::stable::new_empty(x, {rows, dim}, wide);
-  search(static_cast<const T*>(input.const_data_ptr()), rows, dim, books,
+  search(nearest, static_cast<const T*>(input.const_data_ptr()), rows, dim, books,
          static_cast<int64_t*>(codes.mutable_data_ptr()), static_cast<T*>(quantized.mutable_data_ptr()));
-  return {codes, wide == out_type ? quantized : to(quantized, out_type)};
+  return {wide == out_type ? quantized : to(quantized, out_type), codes};
 }
 
 std::tuple<Tensor, Tensor> rq_nearest(const Tensor& x, std::vector<Tensor> codebooks) {
   STD_TORCH_CHECK(x.dim() == 2 && !codebooks.empty(), "rq_nearest: x must be (N, D) and codebooks not empty");
+  const NearestUnit& unit = choose_unit();
   if (x.scalar_type() == ScalarType::Double || codebooks[0].scalar_type() == ScalarType::Double)
-    return run<double>(x, codebooks, ScalarType::Double);
-  return run<float>(x, codebooks, ScalarType::Float);
+    return run(unit.f64, x, codebooks, ScalarType::Double);
+  return run(unit.f32, x, codebooks, ScalarType::Float);
 }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const char* genrec_cpu_isa() { return unit().name; }
+extern "C" __attribute__((visibility("default"))) const char* genrec_cpu_isa() { return choose_unit().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) { m.impl("rq_nearest", TORCH_BOX(&rq_nearest)); }

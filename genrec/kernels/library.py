@@ -82,7 +82,7 @@ def load_native() -> str | None:
 def native_isa() -> str | None:
     """Instruction set of the compiled kernels on this machine: "avx512", "avx2" or "portable"; None without them.
 
-    The environment variable GENREC_CPU_ISA, read at the first call, forbids the wider ones.
+    The environment variable GENREC_CPU_ISA, set to one of these names, forbids the wider ones.
     """
     path = native_library()
     if path is None or not native_operators("cpu"):

@@ -40,11 +40,11 @@ def _backward(
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     normed = centred * rstd
     group = group_ids.flatten().clamp(0, len(weight) - 1)
-    g = grad * _wide(weight).index_select(0, group).view_as(grad)
+    g = grad * _wide(weight).index_select(0, group).view(grad.shape)
     grad_s = (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)) * rstd
     zeros = torch.zeros(weight.shape, dtype=wide.dtype, device=wide.device)
-    grad_weight = zeros.index_add(0, group, (grad * normed).flatten(0, -2))
-    grad_bias = zeros.index_add(0, group, grad.flatten(0, -2))
+    grad_weight = zeros.index_add(0, group, (grad * normed).reshape(-1, weight.shape[1]))
+    grad_bias = zeros.index_add(0, group, grad.reshape(-1, weight.shape[1]))
     return grad_s.to(s.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 

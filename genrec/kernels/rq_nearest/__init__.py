@@ -47,5 +47,5 @@ def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name} has 0 codes; expected at least 1")
         if codebook.dtype != codebooks[0].dtype or not codebook.dtype.is_floating_point:
             raise TypeError(f"{name} is {codebook.dtype}; expected one floating-point dtype in all codebooks")
-    codes, quantized = torch.ops.genrec.rq_nearest(x, list(codebooks))
+    quantized, codes = torch.ops.genrec.rq_nearest(x, list(codebooks))
     return codes, quantized

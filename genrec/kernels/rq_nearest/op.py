@@ -1,6 +1,7 @@
 """Registration of residual nearest-code search: genrec::rq_nearest and its backward pass.
 
-The codes are constants to autograd: d codebooks[l][c] = Σ over the rows with code c of d quantized; x has no gradient.
+It returns (quantized, codes): what has a gradient comes first. The codes are constants to autograd:
+d codebooks[l][c] = Σ over the rows with code c of d quantized, and x has no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def _forward(x: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, Tensor]:
     if wide != torch.float64:
         wide = torch.float32
     codes, quantized = reference.rq_nearest(x.to(wide), [codebook.to(wide) for codebook in codebooks])
-    return codes, quantized.to(codebooks[0].dtype)
+    return quantized.to(codebooks[0].dtype), codes
 
 
 def _backward(grad: Tensor, codes: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -31,7 +32,7 @@ def _backward(grad: Tensor, codes: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def _fake(x: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], len(codebooks), dtype=torch.int64), codebooks[0].new_empty(x.shape)
+    return codebooks[0].new_empty(x.shape), x.new_empty(x.shape[0], len(codebooks), dtype=torch.int64)
 
 
 def _fake_backward(grad: Tensor, codes: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -39,12 +40,12 @@ def _fake_backward(grad: Tensor, codes: Tensor, sizes: list[int]) -> list[Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(output[0])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
     ctx.sizes = [codebook.shape[0] for codebook in inputs[1]]
 
 
-def _differentiate(ctx: Any, grad_codes: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, grad_codes: Any) -> tuple[Any, ...]:
     (codes,) = ctx.saved_tensors
     return None, torch.ops.genrec.rq_nearest_backward(grad, codes, ctx.sizes)
 

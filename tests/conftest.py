@@ -1,0 +1,22 @@
+"""Shared by all tests: uninitialised memory is NaN, and GENREC_TEST_DEVICE says where the kernel tests run."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """torch.empty and its relatives return NaN (integers: the largest value): who reads them by mistake is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernel tests run."""
+    return torch.device(os.environ.get("GENREC_TEST_DEVICE", "cpu"))

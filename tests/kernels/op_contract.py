@@ -1,0 +1,73 @@
+"""The op contract as functions: what every operator is held to (docs/kernels.md, "The contract")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device(os.environ.get("GENREC_TEST_DEVICE", "cpu"))
+FORWARD, GRADIENT = 2.0, 5.0
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def run(function: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Floating outputs, and the gradients of their weighted sum with respect to the inputs."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    result = function(*leaves)
+    outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y.is_floating_point()]
+    loss = sum((y.double() * torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)).sum() for y in outputs)
+    loss = loss + 0 * sum(x.double().nansum() for x in leaves)  # a graph also where nothing is computed
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    zeros = [torch.zeros_like(x) for x in leaves]
+    return [y.detach() for y in outputs], [z if g is None else g for g, z in zip(gradients, zeros, strict=True)]
+
+
+def assert_same(operator: Function, reference: Function, inputs: Sequence[Tensor], tolerance: float = 1e-11) -> None:
+    """Equal up to float64 rounding, outputs and gradients."""
+    for ours, truth in zip(run(operator, inputs), run(reference, inputs), strict=True):
+        for y, expected in zip(ours, truth, strict=True):
+            assert y.shape == expected.shape
+            torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_measured(operator: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """At most 2× (outputs) or 5× (gradients) the error of the plain reference run in the same dtype."""
+    inputs = [x.to(dtype) for x in inputs]
+    truth = run(reference, [x.double() for x in inputs])
+    plain, ours = run(reference, inputs), run(operator, inputs)
+    for factor, ys, rs, ts in zip((FORWARD, GRADIENT), ours, plain, truth, strict=True):
+        for number, (y, r, t) in enumerate(zip(ys, rs, ts, strict=True)):
+            error, allowed = error_of(y, t), factor * max(error_of(r, t), rounding(t, dtype))
+            kind = "output" if factor == FORWARD else "gradient"
+            assert error <= allowed, f"{kind} {number}: error {error:.3g}, plain PyTorch allows {allowed:.3g}"
+
+
+def error_of(y: Tensor, truth: Tensor) -> float:
+    assert y.shape == truth.shape
+    return (y.double() - truth.double()).abs().max().item() if y.numel() else 0.0
+
+
+def rounding(truth: Tensor, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of the largest value: what storing the exact result would cost."""
+    return torch.finfo(dtype).eps / 2 * truth.abs().max().item() if truth.numel() else 0.0
+
+
+def assert_compiles(function: Function, *calls: Sequence[Tensor], backend: str = "aot_eager") -> None:
+    """One graph, dynamic shapes, and the values of eager mode for every call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for inputs in calls:
+        for ours, eager in zip(run(compiled, inputs), run(function, inputs), strict=True):
+            for y, expected in zip(ours, eager, strict=True):
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values with every dimension strided and the last one not contiguous."""
+    wide = x.new_full([2 * size for size in x.shape], float("nan") if x.is_floating_point() else 0)
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view

@@ -1,0 +1,290 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, strided
+
+from genrec.kernels import relu_attention, relu_attention_varlen
+from genrec.kernels.relu_attention import reference
+
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def randint(*shape, high):
+    return torch.randint(-1, high, shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+
+
+def dense(mask="causal", dtype=torch.float64, b=2, h=3, lq=5, lk=7, d=4, dv=6, r=4):
+    shapes = (b, h, lq, d), (b, h, lk, d), (b, h, lk, dv), (h, r)
+    tensors = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    limit = randint(b, lq, high=lk + 3) if mask == "limit" else None
+    return tensors, {"causal": mask == "causal", "key_limit": limit}
+
+
+def offsets(lengths, dtype=torch.int64):
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, dtype)
+
+
+def packed(lengths_q, lengths_k, slack=3, h=2, d=4, dv=6, r=5, mask="causal", dtype=torch.float64, index=torch.int64):
+    tq, tk = sum(lengths_q) + slack, sum(lengths_k) + slack
+    shapes = (tq, h, d), (tk, h, d), (tk, h, dv), (h, r)
+    tensors = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    limit = randint(tq, high=9) if mask == "limit" else None
+    cu = offsets(lengths_q, index), offsets(lengths_k, index)
+    return tensors, cu, {"causal": mask == "causal", "key_limit": limit}
+
+
+def varlen(cu, options, lengths_q, lengths_k):
+    most = max(lengths_q, default=0), max(lengths_k, default=0)
+    return lambda q, k, v, bias=None: relu_attention_varlen(q, k, v, *cu, *most, rel_bias=bias, **options)
+
+
+def loop(cu, options):
+    return lambda q, k, v, bias=None: reference.relu_attention_varlen(q, k, v, *cu, rel_bias=bias, **options)
+
+
+def by_hand(q, k, v, causal, key_limit, rel_bias, normalizer):
+    """The formula of the docstring, one number at a time: an oracle that shares nothing with the reference."""
+    (b, h, lq, d), lk, out = q.shape, k.shape[2], q.new_zeros(*q.shape[:3], v.shape[3])
+    for n, head, i in torch.cartesian_prod(torch.arange(b), torch.arange(h), torch.arange(lq)).tolist():
+        seen = min(max(int(key_limit[n, i]), 0), lk) if key_limit is not None else i + lk - lq + 1 if causal else lk
+        for j in range(max(min(seen, lk), 0)):
+            away = seen - 1 - j if causal or key_limit is not None else abs(i + lk - lq - j)
+            score = float(q[n, head, i] @ k[n, head, j]) / d**0.5 + float(
+                rel_bias[head, min(away, rel_bias.shape[1] - 1)]
+            )
+            divisor = {"length": lk, "visible": seen}.get(normalizer, normalizer)
+            out[n, head, i] += max(score, 0.0) * v[n, head, j] / divisor
+    return out
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "limit"])
+@pytest.mark.parametrize("normalizer", ["length", "visible", 2.5])
+@pytest.mark.parametrize(("lq", "lk"), [(5, 7), (7, 5)])
+def test_formula(mask, normalizer, lq, lk):
+    (q, k, v, bias), options = dense(mask, lq=lq, lk=lk)
+    expected = by_hand(q, k, v, rel_bias=bias, normalizer=normalizer, **options)
+    torch.testing.assert_close(relu_attention(q, k, v, rel_bias=bias, normalizer=normalizer, **options), expected)
+    torch.testing.assert_close(
+        reference.relu_attention(q, k, v, rel_bias=bias, normalizer=normalizer, **options), expected
+    )
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "limit"])
+@pytest.mark.parametrize("normalizer", ["length", "visible", 2.5, torch.tensor([1.5, 3.0], device=DEVICE)])
+def test_dense_gradients(mask, normalizer):
+    tensors, options = dense(mask)
+    options |= {"normalizer": normalizer, "scale": 0.3}
+    assert_same(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
+        tensors,
+    )
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    LENGTHS, st.integers(0, 4), st.sampled_from(["none", "causal", "limit"]), st.integers(1, 12), st.booleans(),
+    st.sampled_from(["length", "visible", 2.5, "tensor"]), st.sampled_from([torch.int32, torch.int64]), st.booleans(),
+)  # fmt: skip
+def test_varlen_is_one_sequence_after_the_other(lengths, slack, mask, r, biased, normalizer, index, scattered):
+    lengths_q, lengths_k = [a for a, _ in lengths], [b for _, b in lengths]
+    tensors, cu, options = packed(lengths_q, lengths_k, slack, r=r, mask=mask, index=index)
+    if normalizer == "tensor":
+        normalizer = torch.arange(1.0, len(lengths) + 1, device=DEVICE)
+    options["normalizer"] = normalizer
+    tensors = tensors if biased else tensors[:3]
+    if scattered:
+        tensors = [strided(x) for x in tensors]
+    assert_same(varlen(cu, options, lengths_q, lengths_k), loop(cu, options), tensors)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("mask", ["none", "causal", "limit"])
+def test_measured_error(dtype, mask):
+    lengths_q, lengths_k = [30, 0, 17, 40], [20, 6, 33, 40]
+    tensors, cu, options = packed(lengths_q, lengths_k, d=32, dv=24, r=16, mask=mask)
+    assert_measured(varlen(cu, options, lengths_q, lengths_k), loop(cu, options), tensors, dtype)
+    tensors, options = dense(mask, lq=40, lk=50, d=32, dv=24, r=16)
+    assert_measured(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
+        tensors,
+        dtype,
+    )
+
+
+def test_slack_may_hold_anything():
+    lengths = [4, 0, 5]
+    tensors, cu, options = packed(lengths, lengths, slack=3)
+    leaves = [x.clone() for x in tensors]
+    for x in leaves[:3]:
+        x[-3:] = float("nan")
+    leaves = [x.requires_grad_() for x in leaves]
+    out = varlen(cu, options, lengths, lengths)(*leaves)
+    assert torch.equal(out[-3:], torch.zeros_like(out[-3:]))
+    grad = torch.ones_like(out)
+    grad[-3:] = float("nan")
+    gradients = torch.autograd.grad(out, leaves, grad)
+    assert all(torch.equal(g[-3:], torch.zeros_like(g[-3:])) for g in gradients[:3])
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_rows_without_keys_are_zero():
+    (q, k, v, bias), _ = dense(lq=7, lk=5)
+    out = relu_attention(q, k, v, causal=True, rel_bias=bias + 10, normalizer="visible")
+    assert torch.equal(out[:, :, :2], torch.zeros_like(out[:, :, :2]))
+    limit = torch.tensor([[0, 3, -5, 9, 0, 1, 0]], device=DEVICE).expand(2, -1)
+    out = relu_attention(q, k, v, key_limit=limit, rel_bias=bias + 10)
+    assert [bool(row.any()) for row in out[0, 0]] == [False, True, False, True, False, True, False]
+    empty = relu_attention(q, k[:, :, :0], v[:, :, :0], rel_bias=bias)
+    assert torch.equal(empty, q.new_zeros(2, 3, 7, 6))
+
+
+def test_decoding_step_by_step_equals_the_full_pass():
+    (q, k, v, bias), _ = dense(lq=6, lk=6)
+    full = relu_attention(q, k, v, causal=True, rel_bias=bias, normalizer="visible")
+    for i in range(6):
+        step = relu_attention(
+            q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], causal=True, rel_bias=bias, normalizer="visible"
+        )
+        torch.testing.assert_close(step, full[:, :, i : i + 1])
+
+
+def test_a_result_does_not_depend_on_the_batch():
+    lengths = [4, 9, 1]
+    (q, k, v, bias), cu, options = packed(lengths, lengths, slack=0, dtype=torch.float32)
+    together = varlen(cu, options, lengths, lengths)(q, k, v, bias)
+    alone = varlen((offsets([4]), offsets([4])), options, [4], [4])(q[:4], k[:4], v[:4], bias)
+    torch.testing.assert_close(together[:4], alone)
+
+
+def test_expanded_inputs_and_gradients():
+    (q, k, v, bias), options = dense()
+    shared = k[:1, :1].expand(2, 3, -1, -1)
+    assert_same(
+        lambda q, v, b: relu_attention(q, shared, v, rel_bias=b, **options),
+        lambda q, v, b: reference.relu_attention(q, shared, v, rel_bias=b, **options),
+        [q, v, bias],
+    )
+    leaf = q.clone().requires_grad_()
+    relu_attention(leaf, shared, v).sum().backward()  # the gradient of sum() is an expanded scalar
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "limit"])
+def test_gradcheck(mask):
+    tensors, options = dense(mask, b=1, h=2, lq=3, lk=4, d=2, dv=3, r=3)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options), leaves)
+    tensors, cu, options = packed([2, 0, 1], [3, 1, 0], slack=1, d=2, dv=2, r=2, mask=mask)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(varlen(cu, options, [2, 0, 1], [3, 1, 0]), leaves)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_opcheck(biased):
+    (q, k, v, bias), options = dense("limit", dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    rel_bias = bias.requires_grad_() if biased else None
+    rest = (options["key_limit"], rel_bias, torch.ones(2, device=DEVICE), False, 0.5, 0.0, False)
+    torch.library.opcheck(torch.ops.genrec.relu_attention.default, (*leaves, *rest))
+    lengths = [3, 0, 4]
+    (q, k, v, bias), cu, _ = packed(lengths, lengths, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    rest = (*cu, 4, 4, None, bias.requires_grad_() if biased else None, None, True, 0.5, 0.0, True)
+    torch.library.opcheck(torch.ops.genrec.relu_attention_varlen.default, (*leaves, *rest))
+
+
+def test_opcheck_backward():
+    (q, k, v, bias), options = dense("limit", dtype=torch.float32)
+    rest = (options["key_limit"], bias, None, False, 0.5, 0.0, True)
+    torch.library.opcheck(torch.ops.genrec.relu_attention_backward.default, (randn(2, 3, 5, 6).float(), q, k, v, *rest))
+    lengths = [3, 0, 4]
+    (q, k, v, bias), cu, _ = packed(lengths, lengths, dtype=torch.float32)
+    rest = (*cu, 4, 4, None, bias, None, True, 0.5, 0.0, True)
+    grad = torch.zeros(q.shape[0], 2, 6, device=DEVICE)
+    torch.library.opcheck(torch.ops.genrec.relu_attention_varlen_backward.default, (grad, q, k, v, *rest))
+
+
+def test_compiles():
+    dense_calls = [dense(dtype=torch.float32, lq=n, lk=n + 2)[0] for n in (5, 8)]
+    assert_compiles(lambda q, k, v, b: relu_attention(q, k, v, causal=True, rel_bias=b), *dense_calls)
+
+    def packed_call(q, k, v, bias, cu):
+        return relu_attention_varlen(q, k, v, cu.long(), cu.long(), 9, 9, causal=True, rel_bias=bias)
+
+    calls = [
+        [*packed(lengths, lengths, dtype=torch.float32)[0], offsets(lengths).float()] for lengths in ([4, 0, 5], [9, 2])
+    ]
+    assert_compiles(packed_call, *calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    (q, k, v, bias), options = dense(dtype=torch.float32)
+    q.requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        out = relu_attention(q, k.to(dtype), v, rel_bias=bias, **options)
+    expected = relu_attention(q.to(dtype), k.to(dtype), v.to(dtype), rel_bias=bias, **options)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+    lengths = [3, 4]
+    (q, k, v, bias), cu, options = packed(lengths, lengths, dtype=torch.float32)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        assert varlen(cu, options, lengths, lengths)(q, k, v, bias).dtype == dtype
+
+
+Q, CU = torch.zeros(2, 3, 5, 4), torch.tensor([0, 2, 4])
+T = torch.zeros(5, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: relu_attention(Q[0], Q, Q), ValueError, r"q has shape \(3, 5, 4\); expected 4 dimensions"),
+        (
+            lambda: relu_attention(Q, Q[..., :3], Q),
+            ValueError,
+            r"k has shape \(2, 3, 5, 3\); expected .*\(2, 3, 5, 4\)",
+        ),
+        (lambda: relu_attention(Q, Q, Q[:, :, 1:]), ValueError, r"v has shape"),
+        (lambda: relu_attention(Q, Q.double(), Q), TypeError, r"k is torch.float64 and q is torch.float32"),
+        (lambda: relu_attention(Q.int(), Q, Q), TypeError, r"q is torch.int32"),
+        (lambda: relu_attention(Q, Q, Q, key_limit=torch.zeros(2, 5)), TypeError, r"key_limit is torch.float32"),
+        (
+            lambda: relu_attention(Q, Q, Q, key_limit=torch.zeros(2, 4).int()),
+            ValueError,
+            r"key_limit has shape \(2, 4\)",
+        ),
+        (
+            lambda: relu_attention(Q, Q, Q, causal=True, key_limit=torch.zeros(2, 5).int()),
+            ValueError,
+            "causal is True and key_limit is given",
+        ),
+        (lambda: relu_attention(Q, Q, Q, rel_bias=torch.zeros(2, 4)), ValueError, r"rel_bias has shape \(2, 4\)"),
+        (lambda: relu_attention(Q, Q, Q, rel_bias=torch.zeros(3, 0)), ValueError, r"rel_bias has 0 distances"),
+        (lambda: relu_attention(Q, Q, Q, normalizer="mean"), ValueError, r"normalizer is 'mean'; expected \"length\""),
+        (lambda: relu_attention(Q, Q, Q, normalizer=-1.0), ValueError, r"normalizer is -1.0; expected a positive"),
+        (lambda: relu_attention(Q, Q, Q, normalizer=torch.ones(3)), ValueError, r"normalizer has shape \(3,\)"),
+        (lambda: relu_attention(Q, Q.to("meta"), Q), ValueError, r"k is on meta; expected cpu"),
+        (lambda: relu_attention_varlen(T, T, T, CU + 1, CU, 2, 2), ValueError, r"cu_seqlens_q goes from 1 to 5"),
+        (lambda: relu_attention_varlen(T, T, T, CU, CU * 2, 4, 4), ValueError, r"cu_seqlens_k goes from 0 to 8"),
+        (lambda: relu_attention_varlen(T, T, T, CU, CU, 1, 2), ValueError, r"max_seqlen_q is 1; expected at least 2"),
+        (lambda: relu_attention_varlen(T, T, T, CU, CU[1:] - 2, 2, 2), ValueError, r"cu_seqlens_k has shape \(2,\)"),
+        (lambda: relu_attention_varlen(T, T, T, CU.float(), CU, 2, 2), TypeError, r"cu_seqlens_q is torch.float32"),
+        (lambda: relu_attention_varlen(T, T, T, CU[None], CU, 2, 2), ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -36,15 +36,15 @@ class Config:
     """Hidden layers of the encoder; [] makes the model residual k-means, better on small catalogues."""
     latent_dim: int = 64
     """Width of the codebooks, where there are hidden layers."""
-    decay: float = 0.9
-    """How much of a codebook's moving average a step keeps."""
+    decay: float = 0.98
+    """How much of a codebook's moving average a step keeps; it should reach back over thousands of items."""
     commitment: float = 0.25
     """Weight of the commitment loss."""
     epochs: int = 20
     """Passes over the items with codebooks, after k-means."""
     warmup_epochs: int = 20
     """Passes of the plain autoencoder before k-means."""
-    batch_size: int = 1024
+    batch_size: int = 256
     """Items a step."""
     learning_rate: float = 1e-3
     """Of encoder and decoder."""

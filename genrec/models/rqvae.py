@@ -34,8 +34,8 @@ class RQVAEConfig:
     """Width of the latents and codebooks; `input_dim` where there are no hidden layers."""
     codebook_sizes: tuple[int, ...] = (1024, 4096, 16384)
     """Codes per level."""
-    decay: float = 0.9
-    """How much of a codebook's moving average a step keeps."""
+    decay: float = 0.98
+    """How much of a codebook's moving average a step keeps; it should reach back over thousands of rows."""
     smoothing: float = 1e-5
     """Laplace smoothing of the share of rows a code holds, relative to a uniform share."""
     commitment: float = 0.25

@@ -21,7 +21,7 @@ class FitConfig:
 
     epochs: int = 20
     warmup_epochs: int = 20
-    batch_size: int = 1024
+    batch_size: int = 256
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -63,6 +63,7 @@ def fit(model: RQVAE, features: Tensor, config: FitConfig, log: MetricsLog, prog
     with tqdm(range(1, config.epochs + 1), desc="tokenize", unit="epoch", disable=not progress) as epochs:
         for epoch in epochs:
             revived = model.revive(latents, codes)  # the codes that no item used at the end of the epoch before
+            _cool(optimizer, config.learning_rate, (epoch - 1) / config.epochs)
             for rows in torch.randperm(len(features), generator=generator).split(config.batch_size):
                 _step(model, optimizer, features[rows])
             latents, codes = _assign(model, features)
@@ -107,6 +108,12 @@ def _step(model: RQVAE, optimizer: torch.optim.Optimizer | None, features: Tenso
         output.loss.backward()
         optimizer.step()
     model.update_codebooks(output.latents, output.codes)
+
+
+def _cool(optimizer: torch.optim.Optimizer | None, learning_rate: float, progress: float) -> None:
+    """Cosine from the learning rate to 0: codebooks can only settle when the encoder does."""
+    for group in optimizer.param_groups if optimizer else []:
+        group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _warm_up(model: RQVAE, features: Tensor, config: FitConfig, generator: torch.Generator, progress: bool) -> None:

@@ -37,17 +37,6 @@ class UGTConfig:
     """share of activations dropped in training"""
 
     def __post_init__(self) -> None:
-        if self.d_model % self.heads:
-            raise ValueError(f"model.d_model is {self.d_model}; expected a multiple of model.heads ({self.heads})")
-        if not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"model.top_k is {self.top_k}; expected 1 to model.experts ({self.experts})")
-        known = [token_type.name.lower() for token_type in TokenType]
-        if unknown := [name for name in self.token_types if name not in known]:
-            raise ValueError(f"model.token_types has {unknown[0]!r}; expected names among {', '.join(known)}")
-        if "item" not in self.token_types:
-            raise ValueError(f"model.token_types is {list(self.token_types)}; expected it to hold 'item'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; expected at least 0 and below 1")
         for name in (
             "d_model",
             "heads",
@@ -60,6 +49,17 @@ class UGTConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected 1 or more")
+        if self.d_model % self.heads:
+            raise ValueError(f"model.d_model is {self.d_model}; expected a multiple of model.heads ({self.heads})")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"model.top_k is {self.top_k}; expected 1 to model.experts ({self.experts})")
+        known = [token_type.name.lower() for token_type in TokenType]
+        if unknown := [name for name in self.token_types if name not in known]:
+            raise ValueError(f"model.token_types has {unknown[0]!r}; expected names among {', '.join(known)}")
+        if "item" not in self.token_types or len(set(self.token_types)) < len(self.token_types):
+            raise ValueError(f"model.token_types is {list(self.token_types)}; expected 'item' and others, each once")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; expected at least 0 and below 1")
 
     @property
     def types(self) -> tuple[TokenType, ...]:

@@ -11,13 +11,16 @@ CHUNK_ELEMENTS = 1 << 20  # logits held at a time: they stay in cache on a CPU a
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one sweep over chunks of rows, so that no more than CHUNK_ELEMENTS logits ever exist."""
+    """Loss and gradients in one sweep over chunks of rows, so that no more than CHUNK_ELEMENTS logits ever exist.
+    Sums over chunks are float32: in bfloat16 they would lose what is small beside them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         rows = len(x)
         chunk = max(1, CHUNK_ELEMENTS // len(weight))
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for begin in range(0, rows, chunk):
             x_chunk, target = x[begin : begin + chunk], targets[begin : begin + chunk, None]
@@ -28,11 +31,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             norm = softmax.sum(1, keepdim=True)
             total += (norm.log() + largest - at_target).sum()
             softmax.div_(norm * rows).scatter_add_(1, target, softmax.new_full(target.shape, -1.0 / rows))
+            grad_bias += softmax.sum(0)
             error = softmax.to(x.dtype)
             torch.mm(error, weight, out=grad_x[begin : begin + chunk])
-            grad_weight.addmm_(error.T, x_chunk)
-            grad_bias += error.sum(0)
-        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+            grad_weight += error.T @ x_chunk
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
         return total / rows
 
     @staticmethod

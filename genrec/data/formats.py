@@ -33,7 +33,7 @@ class Source:
 
     def field(self, column: str | None) -> str:
         """SQL for the value of a column, NULL if it is absent or empty."""
-        return "NULL" if column is None else f"nullif(fields[{self.columns.index(column) + 1}], '')"
+        return "NULL::VARCHAR" if column is None else f"nullif(fields[{self.columns.index(column) + 1}], '')"
 
     def execute(self, connection: duckdb.DuckDBPyConnection, statement: str) -> None:
         """Run a statement that contains the query. ValueError says in its own words why the file cannot be read."""
@@ -91,7 +91,10 @@ def _read_quoted(path: Path, delimiter: str) -> _Parts:
     unquoted = "CASE WHEN x[2] = '\"' THEN replace(x[3:-2], '\"\"', '\"') ELSE x[2:] END"
     split = f"""CASE WHEN contains(text, '"') THEN list_transform({pieces}, lambda x: {unquoted})
         ELSE string_split(text, '{delimiter}') END"""
-    stray = f"""contains(text, '"') AND array_to_string({pieces}, '') <> '{delimiter}' || text"""
+    # CASE, because AND would run the regular expression on records without a quote as well.
+    stray = (
+        f"""CASE WHEN contains(text, '"') THEN array_to_string({pieces}, '') <> '{delimiter}' || text ELSE false END"""
+    )
     return columns, read_lines(path, quoted_by=delimiter, skip=1), _split_query(split, stray, len(columns))
 
 

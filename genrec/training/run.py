@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> UGT:
 
 
 def build_model(config: TrainConfig) -> UGT:
-    """A fresh model, whose weights are a function of the seed."""
+    """A fresh model, whose weights are a function of the seed and of the item features."""
     catalogue = load_catalogue(config.features)
     semantic_ids = load_semantic_ids(config.semantic_ids, catalogue)
     vocabulary = ModelVocabulary(
@@ -57,6 +57,7 @@ def build_model(config: TrainConfig) -> UGT:
     )
     torch.manual_seed(config.seed)
     model = UGT(config.model, vocabulary, torch.from_numpy(semantic_ids.codes))
+    model.place_items(torch.from_numpy(catalogue.features))
     return model.to(_device(config.device))
 
 

@@ -1,4 +1,4 @@
-"""UGT, the unified generative transformer: event tokens in, the codes of the next item out, an item head beside them."""
+"""UGT, the unified generative transformer: event tokens in, codes of the next item out, an item head beside them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
 from genrec.models.ugt.encoder import Encoder
 from genrec.models.ugt.layers import module_list
 from genrec.models.ugt.losses import linear_cross_entropy
+
+
+INITIAL_STD = 0.05  # of every embedding
 
 
 class UGT(nn.Module):
@@ -36,12 +39,22 @@ class UGT(nn.Module):
         self.level_embedding = nn.Embedding(levels, d_model)
         for module in self.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.05)
+                nn.init.normal_(module.weight, std=INITIAL_STD)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, levels)
         self.code_bias = nn.ParameterList(torch.zeros(size) for size in vocabulary.codebook_sizes)
         self.item_bias = nn.Parameter(torch.zeros(vocabulary.items + 1))
         self.dropout = nn.Dropout(config.dropout)
+
+    @torch.no_grad()
+    def place_items(self, features: Tensor) -> None:
+        """Start the items' own vectors from their features (N + 1, F): the first d_model principal axes, scaled to the
+        spread that other embeddings start with. Items alike in text or in company then start out near each other."""
+        own = self.item_embedding.weight
+        centred = features[1:] - features[1:].mean(0)
+        axes = torch.linalg.svd(centred.T @ centred)[0][:, : own.shape[1]]
+        placed = centred @ axes
+        own[1:, : placed.shape[1]] = placed * (INITIAL_STD / placed.std().clamp(min=1e-8))
 
     @property
     def levels(self) -> int:

@@ -1,6 +1,6 @@
 """Registration of group layer norm: genrec::group_layer_norm, genrec::add_group_layer_norm and their backward pass.
 
-With x̂ = (s − mean) / σ and g = dy · weight[group], over the D features of a token:
+torch's native layer norm does the part without an affine. With x̂ = (s − mean) / σ and g = dy · weight[group]:
     ds = (g − mean(g) − x̂ · mean(g · x̂)) / σ     dweight[group] += dy · x̂     dbias[group] += dy
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.kernels.group_layer_norm import reference
 from genrec.kernels.library import define
 
 
@@ -20,9 +19,21 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _rows(group_ids: Tensor, groups: int) -> Tensor:
+    """One row of `_affine` per token: its group, or the row of NaN behind the groups if there is no such group."""
+    known = (group_ids >= 0) & (group_ids < groups)
+    return torch.where(known, group_ids, groups).flatten()
+
+
+def _affine(table: Tensor) -> Tensor:
+    return torch.cat([table, table.new_full((1, table.shape[1]), torch.nan)])
+
+
 def _forward(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    y = reference.group_layer_norm(_wide(x), group_ids, _wide(weight), _wide(bias), eps)
-    return y.to(x.dtype)  # type: ignore[union-attr]
+    wide, group = _wide(x), _rows(group_ids, len(weight))
+    normed, _, _ = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+    scale, shift = (_affine(_wide(t)).index_select(0, group).view(x.shape) for t in (weight, bias))
+    return torch.addcmul(shift, normed, scale).to(x.dtype)
 
 
 def _forward_add(
@@ -35,16 +46,14 @@ def _forward_add(
 def _backward(
     grad: Tensor, s: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, grad = _wide(s), _wide(grad)
-    centred = wide - wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed = centred * rstd
-    group = group_ids.flatten().clamp(0, len(weight) - 1)
-    g = grad * _wide(weight).index_select(0, group).view(grad.shape)
-    grad_s = (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)) * rstd
-    zeros = torch.zeros(weight.shape, dtype=wide.dtype, device=wide.device)
-    grad_weight = zeros.index_add(0, group, (grad * normed).reshape(-1, weight.shape[1]))
-    grad_bias = zeros.index_add(0, group, grad.reshape(-1, weight.shape[1]))
+    wide, grad, group = _wide(s), _wide(grad), _rows(group_ids, len(weight))
+    shape = wide.shape[-1:]
+    normed, mean, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
+    g = grad * _affine(_wide(weight)).index_select(0, group).view(s.shape)
+    grad_s = torch.ops.aten.native_layer_norm_backward(g, wide, shape, mean, rstd, None, None, [True, False, False])[0]
+    zeros = torch.zeros(len(weight) + 1, *shape, dtype=wide.dtype, device=wide.device)
+    grad_weight = zeros.index_add(0, group, (grad * normed).view(-1, *shape))[:-1]
+    grad_bias = zeros.index_add(0, group, grad.reshape(-1, *shape))[:-1]
     return grad_s.to(s.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 

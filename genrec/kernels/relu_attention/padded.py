@@ -30,8 +30,7 @@ class Options(NamedTuple):
 class Batch(NamedTuple):
     """Which keys a padded row sees, and what its bias and its divisor are. Lq and Lk are padded lengths."""
 
-    first: Tensor  # (B or 1, 1) first key of the sequence
-    end: Tensor  # (B or 1, Lq) one past the last key the row sees; at most `first` where it sees none
+    end: Tensor  # (B or 1, Lq) one past the last key the row sees
     anchor: Tensor  # (B or 1, Lq) the key at distance 0
     divisor: Tensor | float  # (B or 1, 1, Lq or 1, 1)
 
@@ -65,7 +64,7 @@ def _batch(
         divisor = (end - first).clamp(min=1)[:, None, :, None]
     elif not divisor:
         divisor = lengths.clamp(min=1)[:, None, :, None]
-    return Batch(first, end, anchor, divisor)
+    return Batch(end, anchor, divisor)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch) -> Tensor:
@@ -80,7 +79,7 @@ def backward(
     weights = _weights(q, k, rel_bias, scale, batch)
     grad = grad / _divisor(batch, q.dtype)
     grad_v = weights.transpose(2, 3) @ grad
-    grad_scores = (grad @ v.transpose(2, 3)).masked_fill_(weights <= 0, 0)
+    grad_scores = torch.ops.aten.threshold_backward(grad @ v.transpose(2, 3), weights, 0)  # 0 where relu gave 0
     grad_q = (grad_scores @ k).mul_(scale)
     grad_k = (grad_scores.transpose(2, 3) @ q).mul_(scale)
     grad_bias = q.new_empty(0) if rel_bias is None else _bias_gradient(grad_scores, rel_bias, batch)
@@ -93,24 +92,32 @@ def _divisor(batch: Batch, dtype: torch.dtype) -> Tensor | float:
 
 def _weights(q: Tensor, k: Tensor, rel_bias: Tensor | None, scale: float, batch: Batch) -> Tensor:
     scores = (q * scale) @ k.transpose(2, 3)
-    if rel_bias is not None:
-        scores += rel_bias[:, _distance(batch, k.shape[2], rel_bias.shape[1])].transpose(0, 1)
-    keys = torch.arange(k.shape[2], device=k.device)
-    hidden = (keys < batch.first[:, :, None]) | (keys >= batch.end[:, :, None])
-    return scores.masked_fill_(hidden[:, None], 0).relu_()
+    table = q.new_zeros(1, 1) if rel_bias is None else rel_bias
+    table = torch.cat([table, table.new_full((len(table), 1), -torch.inf)], 1)
+    distance = _distance(batch, k.shape[2], table.shape[1] - 1)
+    bias = table.index_select(1, distance.flatten()).view(len(table), *distance.shape)
+    scores += bias.transpose(0, 1)
+    return scores.relu_()
 
 
 def _distance(batch: Batch, length_k: int, size: int) -> Tensor:
+    """(B or 1, Lq, Lk) column of the bias table: the distance, at most size − 1, and `size` where the key is hidden.
+
+    Keys before the first of a sequence need no mask: they are padding, and with k = v = 0 they add nothing anywhere.
+    """
     keys = torch.arange(length_k, device=batch.anchor.device)
-    return (batch.anchor[:, :, None] - keys).abs_().clamp_(max=size - 1)
+    distance = (batch.anchor[:, :, None] - keys).abs_().clamp_(max=size - 1)
+    return distance.masked_fill_(keys >= batch.end[:, :, None], size)
 
 
 def _bias_gradient(grad_scores: Tensor, rel_bias: Tensor, batch: Batch) -> Tensor:
-    distance = _distance(batch, grad_scores.shape[3], rel_bias.shape[1])
+    heads, size = rel_bias.shape
+    distance = _distance(batch, grad_scores.shape[3], size)
     if distance.shape[0] == 1:
         grad_scores = grad_scores.sum(0, keepdim=True)
     rows = grad_scores.transpose(0, 1).flatten(1)
-    return torch.zeros_like(rel_bias).scatter_add_(1, distance.flatten().expand_as(rows), rows)
+    columns = rel_bias.new_zeros(heads, size + 1).scatter_add_(1, distance.flatten().expand_as(rows), rows)
+    return columns[:, :size].contiguous()
 
 
 class Packing:

@@ -33,7 +33,7 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[UGT, RecommenderCo
     try:
         model = UGT(*_configs(record), torch.zeros(_codes_shape(record), dtype=torch.int64))
         recommender = RecommenderConfig(**record["recommender"])
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{directory / 'model.json'} is not a genrec model description ({error})") from None
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
@@ -61,7 +61,7 @@ def read_model_json(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; expected the directory of a finished genrec train run")
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
 
 

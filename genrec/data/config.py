@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class FeaturesConfig:
+    """What to read, what to keep and what to make of it."""
+
     events: Path
     """The event log: .csv, .tsv, .jsonl, RecBole .inter, X.inter.json (user → items in time order), or .txt with one
     line a user (user item item …)."""

@@ -94,7 +94,7 @@ ALWAYS = [("last", "x", ""), ("last", "y", "")]  # two items that co-occur, so t
 ids = fields.filter(lambda text: text.strip() != "")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(ids, ids, fields), min_size=1, max_size=12), st.sampled_from([",", ";", "\t", "|"]))
 def test_quoted_fields(tmp_path_factory, read_back, rows, delimiter):
     """Whatever the csv module writes, with delimiters, quotes and line ends inside fields, is read back."""

@@ -26,7 +26,7 @@ rows = st.tuples(
 FIRST = [("z", "a", 0, "view", "tv"), ("z", "b", 1, "view", "tv")] * 3  # always something to keep, and to co-occur
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(rows, max_size=30),
     st.integers(1, 4),

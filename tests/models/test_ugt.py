@@ -103,7 +103,7 @@ def test_every_position_in_one_pass_equals_truncated_histories(shape):
     starts = tokens.cu_seqlens[:-1].tolist()
     last = [start + n * per_event - 1 for start, user in zip(starts, users, strict=True) for n in range(1, len(user))]
     targets = TargetBatch(
-        torch.tensor(sum(items, [])), torch.tensor(last),
+        torch.tensor([item for user in items for item in user]), torch.tensor(last),
         torch.tensor(np.cumsum([0, *map(len, items)]), dtype=torch.int32), max(map(len, items)),
     )  # fmt: skip
     vectors = model.item_vectors()

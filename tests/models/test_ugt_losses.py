@@ -52,7 +52,7 @@ def test_equals_cross_entropy_in_float32(shape):
 @settings(deadline=None, max_examples=60)
 @given(SHAPES)
 def test_bfloat16_is_as_near_the_truth_as_pytorch(shape):
-    """Error against float64: at most twice (value) and five times (gradients) that of PyTorch under the same autocast."""
+    """The error against float64 is at most twice (value) or five times (gradients) that of PyTorch under autocast."""
     rows, width, vocabulary, chunk = shape
     check_bfloat16(rows, width, vocabulary, chunk)
 

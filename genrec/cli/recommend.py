@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from genrec.data.sequences import load_sequences, take_users
+from genrec.data.vocabulary import Vocabulary, encode_events, load_vocabulary
 from genrec.generation import Recommender
 from genrec.generation.storage import load_catalogue_of, load_model, read_model_json
-from genrec.interfaces import Catalogue, EventSequences, TokenType
+from genrec.interfaces import Catalogue, EventSequences
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ def run(config: Config) -> None:
     model, settings = load_model(config.model)
     features = config.features or Path(read_model_json(config.model)["data"]["features"])
     catalogue = load_catalogue_of(model, features)
-    history = typed_history(config.history, catalogue) if config.history else user_history(config.user, features)
+    history = (
+        typed_history(config.history, catalogue, load_vocabulary(features))
+        if config.history
+        else user_history(config.user, features)
+    )
     recommender = Recommender(model, replace(settings, exclude_seen=not config.include_seen))
     ranked, scores = recommender.rank_scored(history, min(config.top_k, catalogue.size))
     rows = [(int(item), float(score)) for item, score in zip(ranked[0], scores[0], strict=True) if item > 0]
@@ -74,26 +79,14 @@ def user_history(user: str | None, features: Path) -> EventSequences:
     return take_users(sequences, found)
 
 
-def typed_history(names: list[str], catalogue: Catalogue) -> EventSequences:
+def typed_history(names: list[str], catalogue: Catalogue, vocabulary: Vocabulary) -> EventSequences:
     """A history of items named by id or by exact title."""
-    by_name = {title: i for i, title in enumerate(catalogue.titles) if i} | {
-        item_id: i for i, item_id in enumerate(catalogue.item_ids) if i
-    }
-    if unknown := [name for name in names if name not in by_name]:
+    titles = {title: index for index, title in enumerate(catalogue.titles) if index}
+    ids = {item_id: index for index, item_id in enumerate(catalogue.item_ids) if index}
+    if unknown := [name for name in names if name not in ids and name not in titles]:
         raise ValueError(f"history: {unknown[0]!r} is neither an item id nor a title of the catalogue")
-    items = np.array([by_name[name] for name in names], np.int32)
-    ends, count = np.array([0, len(items)], np.int64), len(items)
-    return EventSequences(
-        user_ids=np.array(["you"], np.object_),
-        cu_tokens=ends,
-        token_ids=items,
-        type_ids=np.full(count, TokenType.ITEM, np.int8),
-        positions=np.arange(count, dtype=np.int32),
-        cu_events=ends,
-        item_ids=items,
-        ratings=np.full(count, np.nan, np.float32),
-        timestamps=np.zeros(count, np.int64),
-    )
+    items = np.array([ids.get(name) or titles[name] for name in names], np.int32)
+    return encode_events(vocabulary, np.array(["you"], np.object_), np.array([0, len(items)]), items)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -106,5 +106,7 @@ def _caption(summary: dict[str, Any]) -> str:
     lines = [f"{added['items']:,} items added, {summary['items']:,} now have ids"] if added else []
     lines.append(f"items sharing an id: {report['colliding']:,} before, 0 after")
     lines.append(f"moved: {report['moved']:,}, of these to another prefix: {report['spilled']:,}")
-    lines.append(f"quantisation error: {report['error_before']:.4f} before, {report['error_after']:.4f} after")
+    lines.append(
+        f"mean squared error of the latents: {report['error_before']:.4f} before, {report['error_after']:.4f} after"
+    )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Resolution:
-    """Unique codes and what they cost. Errors are mean squared distances of latents to the sum of their codes."""
+    """Unique codes and what they cost. Errors are mean squares, per element, of what codes leave of latents."""
 
     codes: NDArray[np.int64]  # (N, levels), no two rows alike
     colliding: int  # items that shared their nearest codes with another item
@@ -191,7 +191,7 @@ def _by_prefix(codes: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[Prefix
 
 
 def _error(latents: Tensor, quantized: Tensor) -> float:
-    return (latents - quantized).square().sum(1).mean().item() if len(latents) else 0.0
+    return (latents - quantized).square().mean().item() if len(latents) else 0.0
 
 
 def _check_taken(taken: NDArray[np.int64], codebooks: Sequence[Tensor]) -> None:

@@ -77,7 +77,7 @@ def test_a_tokenizer_directory(first, films):
 def test_what_is_printed(films, tmp_path, capsys):
     assert tokenize(tmp_path / "features", part(films, range(100)), tmp_path / "out", *QUICK) == 0
     printed = capsys.readouterr()
-    for word in ("level", "used", "perplexity", "items sharing an id", "moved", "quantisation error"):
+    for word in ("level", "used", "perplexity", "items sharing an id", "moved", "mean squared error"):
         assert word in printed.out
     assert "larger than" not in printed.err
 

@@ -139,7 +139,7 @@ def test_a_new_item_gets_the_nearest_free_code(problem, seed):
     assert got == list(min((codes for codes in ids if codes not in taken), key=distances_on_the_way))
 
 
-def test_errors_are_mean_squared_distances():
+def test_errors_are_mean_squares():
     latents = torch.tensor([[0.0], [0.0], [1.0]])
     codebooks = [torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [0.5]])]
     resolution = resolve_collisions(latents, codebooks)

@@ -26,29 +26,32 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Define `genrec::<schema>`; `impl` runs on every device that has no kernel of its own.
 
     Operators without a `backward` are the backward passes themselves: explicit formulas, differentiable once.
+    `autocast(dtype, *args)` returns the arguments as they shall be under autocast; without it they stay as they are.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genrec::{name}", fake, lib=LIBRARY)
+    _register_autocast(name, autocast)
     if backward is not None:
         torch.library.register_autograd(f"genrec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         OPERATORS.append(name)
 
 
-def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
-    """Under autocast, call the operator with the arguments that `cast(dtype, *args)` returns."""
+def _register_autocast(name: str, cast: Callable[..., tuple[Any, ...]] | None) -> None:
+    """Every operator runs with autocast off, or the plain PyTorch inside it would be cast once more."""
     operator = getattr(torch.ops.genrec, name).default
     for device in ("cpu", "cuda"):
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
         def kernel(*args: Any, device: str = device, key: Any = key) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return operator(*cast(torch.get_autocast_dtype(device), *args))
+                return operator(*(cast(torch.get_autocast_dtype(device), *args) if cast else args))
 
         LIBRARY.impl(name, kernel, f"Autocast{device.upper()}")
 

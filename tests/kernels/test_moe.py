@@ -172,6 +172,17 @@ def test_compiles():
     assert_compiles(lambda x, r, a, b: moe_ffn(x, r, a, b, 2), *calls)
 
 
+def test_backward_inside_autocast():
+    """The backward pass of a float32 result is float32 also where someone calls it under autocast."""
+    indices, *leaves = inputs(dtype=torch.float32)
+    x, weights, gate_up, down = leaves = [v.requires_grad_() for v in leaves]
+    out = moe_experts(x, weights, indices, gate_up, down)
+    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     indices, x, weights, gate_up, down = inputs(dtype=torch.float32)

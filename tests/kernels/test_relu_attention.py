@@ -227,6 +227,17 @@ def test_compiles():
     assert_compiles(packed_call, *calls)
 
 
+def test_backward_inside_autocast():
+    """The backward pass of a float32 result is float32 also where someone calls it under autocast."""
+    (q, k, v, bias), options = dense(dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias)]
+    out = relu_attention(*leaves[:3], rel_bias=bias, **options)
+    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     (q, k, v, bias), options = dense(dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.kernels.library import define, lower, register_autocast
+from genrec.kernels.library import define, lower
 from genrec.kernels.moe import reference
 from genrec.kernels.moe import sorted as sorted_rows
 
@@ -92,10 +92,10 @@ define(
     fake=_fake_experts,
     setup_context=_setup_experts,
     backward=_differentiate_experts,
+    autocast=_cast_experts,
 )
 define(
     f"moe_experts_backward(Tensor grad, {EXPERTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     impl=sorted_rows.backward,
     fake=_fake_experts_backward,
 )
-register_autocast("moe_experts", _cast_experts)

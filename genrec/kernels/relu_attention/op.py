@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.kernels.library import define, lower, register_autocast
+from genrec.kernels.library import define, lower
 from genrec.kernels.relu_attention import padded
 from genrec.kernels.relu_attention.padded import Options
 
@@ -119,6 +119,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_differentiate("relu_attention_backward", 4),
+    autocast=_cast,
 )
 define(
     f"relu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {OPTIONS}) -> {GRADIENTS}",
@@ -131,11 +132,10 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_differentiate("relu_attention_varlen_backward", 8),
+    autocast=_cast,
 )
 define(
     f"relu_attention_varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {PACKED}, {OPTIONS}) -> {GRADIENTS}",
     impl=_backward_varlen,
     fake=_fake_backward(5),
 )
-register_autocast("relu_attention", _cast)
-register_autocast("relu_attention_varlen", _cast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -140,3 +141,14 @@ class TrainConfig:
             raise ValueError(f"stages has {unknown[0]!r}; expected names among {', '.join(STAGES)}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both true; expected at most one of them")
+        if not self.alphas:
+            raise ValueError("alphas is empty; expected at least one candidate")
+        for name, least in _LEAST.items():
+            value = attrgetter(name)(self)
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected {least} or more")
+
+
+_LEAST = {"valid_users": 1, "checkpoint_every": 1, "log_every": 1, "threads": 0, "recommender.beams": 1}
+_LEAST |= {f"{stage}.epochs": 0 for stage in STAGES} | {f"{stage}.batch_size": 1 for stage in STAGES}
+_LEAST |= {"finetune.last_targets": 1, "align.last_targets": 1, "align.beams": 1, "align.negatives": 1}

@@ -22,15 +22,15 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what an interrupted run logged of `stage` after `step`, as if it had never been."""
-        kept = [row for row in read_metrics(self.path) if row["stage"] != stage or 0 < row["step"] <= step]
+        """Forget what an interrupted run logged of `stage` after `step`, or of all of it where `step` is 0."""
+        kept = [row for row in read_metrics(self.path) if row["stage"] != stage or (step and row["step"] <= step)]
         self._file.close()
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = self._open()
 
     def _open(self) -> TextIO:
-        return open(self.path, "a", encoding="utf-8")  # noqa: SIM115 – held until the log is closed
+        return open(self.path, "a", encoding="utf-8")
 
     def write(self, stage: str, step: int, **values: float | list[float]) -> None:
         """Log `values` at `step` of `stage`; lists (one number per level, per expert) become one curve an element."""

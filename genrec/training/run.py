@@ -24,24 +24,28 @@ from genrec.training.loop import Plan, run_stage
 from genrec.training.stages import Stage, build_stage
 from genrec.training.validation import Validator
 
-NOT_PART_OF_THE_RUN = ("out", "refit", "resume", "overwrite", "threads")  # these may differ when a run is resumed
+NOT_PART_OF_THE_RUN = ("out", "resume", "overwrite", "threads")  # these may differ when a run is resumed
+Chosen = dict[str, Any] | None  # model.json of the run that is refitted
 
 
 def train(config: TrainConfig) -> UGT:
     """Run all stages; the directory config.out then holds model.safetensors, model.json and metrics.jsonl."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
     sequences = load_sequences(config.features)
+    chosen = _chosen_before(config)
     with locked(config.out):
-        _prepare_directory(config)
         model = build_model(config)
         validator = None
         if config.refit is None:
             validator = Validator(sequences, config.recommender, config.valid_users, config.seed)
+        _prepare_directory(config)  # last of all that can fail early, so that a mistyped path costs nobody a run
         held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
         events, _ = leave_out(sequences, held_out)
         with MetricsLog(config.out) as log:
-            stages = {name: _finish_stage(name, model, events, config, log, validator) for name in config.stages}
-        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, config, validator))
+            stages = {
+                name: _finish_stage(name, model, events, config, chosen, log, validator) for name in config.stages
+            }
+        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, config, chosen, validator))
         data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
         save_model(config.out, model, recommender, data=data, stages=stages)
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
@@ -62,16 +66,23 @@ def build_model(config: TrainConfig) -> UGT:
 
 
 def _finish_stage(
-    name: str, model: UGT, events: EventSequences, config: TrainConfig, log: MetricsLog, validator: Validator | None
+    name: str,
+    model: UGT,
+    events: EventSequences,
+    config: TrainConfig,
+    chosen: Chosen,
+    log: MetricsLog,
+    validator: Validator | None,
 ) -> dict[str, Any]:
     """Run a stage, or take its weights where an earlier part of this run already finished it."""
     done = config.out / "stages" / name
     if not done.is_dir():
         began = time.monotonic()
         stage = build_stage(name, config, model, events)
-        plan = _plan(stage, config)
+        plan = _plan(stage, chosen)
         progress = run_stage(stage, model, plan, config, log, validator)
-        record = {"steps": plan.total, "best_step": progress.best_step, "best": progress.best,
+        best_step = plan.stop if validator is None else progress.best_step
+        record = {"steps": plan.total, "best_step": best_step, "best": progress.best,
                   "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         with atomic_directory(done) as temporary:
             save_file(model.state_dict(), temporary / "model.safetensors")
@@ -80,21 +91,29 @@ def _finish_stage(
     return json.loads((done / "stage.json").read_text())
 
 
-def _plan(stage: Stage, config: TrainConfig) -> Plan:
+def _chosen_before(config: TrainConfig) -> Chosen:
+    """The model.json of the run that a refit repeats: how many steps it chose, and which alpha."""
     if config.refit is None:
+        return None
+    chosen = read_model_json(config.refit)
+    for name in config.stages:
+        if name not in chosen["stages"]:
+            raise ValueError(f"refit: {config.refit} has no stage {name}; expected a run with the same stages")
+    return chosen
+
+
+def _plan(stage: Stage, chosen: Chosen) -> Plan:
+    if chosen is None:
         total = round(stage.epochs * stage.steps_per_epoch)
         return Plan(total, total)
-    chosen = read_model_json(config.refit)["stages"]
-    if stage.name not in chosen:
-        raise ValueError(f"refit: {config.refit} has no stage {stage.name}; expected a run with the same stages")
-    return Plan(chosen[stage.name]["steps"], chosen[stage.name]["best_step"])
+    return Plan(chosen["stages"][stage.name]["steps"], chosen["stages"][stage.name]["best_step"])
 
 
-def _alpha(model: UGT, config: TrainConfig, validator: Validator | None) -> float:
+def _alpha(model: UGT, config: TrainConfig, chosen: Chosen, validator: Validator | None) -> float:
     if validator is not None:
         return validator.best_alpha(model, config.alphas)
-    assert config.refit is not None  # the only run without a validator
-    return float(read_model_json(config.refit)["recommender"]["alpha"])
+    assert chosen is not None  # the only run without a validator
+    return float(chosen["recommender"]["alpha"])
 
 
 def _prepare_directory(config: TrainConfig) -> None:
@@ -113,8 +132,8 @@ def _prepare_directory(config: TrainConfig) -> None:
         raise FileExistsError(
             f"{config.out} already holds a run; pass --resume true to go on or --overwrite true to start anew"
         )
-    before = json.loads(path.read_text())
-    for key, value in record.items():
+    before, now = _flat(json.loads(path.read_text())), _flat(record)
+    for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(f"resume: {key} is {value}, but the run in {config.out} began with {before.get(key)}")
 
@@ -122,6 +141,14 @@ def _prepare_directory(config: TrainConfig) -> None:
 def _record(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in NOT_PART_OF_THE_RUN}, default=str))
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"pretrain": {"epochs": 3}} → {"pretrain.epochs": 3}, the keys as a user types them."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _device(name: str) -> str:

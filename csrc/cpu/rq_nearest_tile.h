@@ -102,6 +102,6 @@ constexpr Nearest<T> nearest() {
 
 }  // namespace
 
-extern const NearestUnit UNIT = {UNIT_NAME, nearest<float>(), nearest<double>()};
+const NearestUnit UNIT = {UNIT_NAME, nearest<float>(), nearest<double>()};
 
 }  // namespace genrec

@@ -17,6 +17,14 @@ from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
 
 MOVIELENS = Path(__file__).parents[1] / "data" / "ml-latest-small"
 TYPE_SIZES = {TokenType.ACTION: 6, TokenType.TIME: 5, TokenType.CONTEXT: 4}
+TINY_RUN = {  # of genrec train: two epochs of each stage, a second in all
+    "model.d_model": 16, "model.d_ffn": 24, "model.d_expert": 12, "model.max_events": 10, "model.rel_bias_size": 8,
+    "pretrain.epochs": 2, "pretrain.batch_size": 8, "pretrain.optimizer.warmup_steps": 2,
+    "finetune.epochs": 2, "finetune.batch_size": 8, "finetune.optimizer.warmup_steps": 2,
+    "align.epochs": 2, "align.batch_size": 8, "align.beams": 8, "align.optimizer.warmup_steps": 2,
+    "recommender.beams": 8, "log_every": 1, "checkpoint_every": 2,
+    "threads": 1, "precision": "float32", "device": "cpu",
+}  # fmt: skip
 ALL_TYPES = ("item", "action", "time", "context")
 
 
@@ -81,16 +89,16 @@ def model(items: int = 30, sizes: Sequence[int] = (4, 4, 4), seed: int = 0, **se
     return ugt.eval()
 
 
-def write_inputs(directory: Path, users: int = 30, events: int = 24) -> tuple[Path, Path]:
+def write_inputs(directory: Path, users: int = 20, events: int = 16) -> tuple[Path, Path]:
     """Features and semantic ids of a slice of the shipped MovieLens log → their directories.
 
-    The slice is each of the first `users` users' first `events` ratings of the 120 films they rated most.
+    The slice is each of the first `users` users' first `events` ratings of the 80 films they rated most.
     """
     rows = [row for row in _rows("ratings.csv") if int(row["userId"]) <= users]
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["movieId"]] = counts.get(row["movieId"], 0) + 1
-    films = set(sorted(counts, key=lambda film: (-counts[film], film))[:120])
+    films = set(sorted(counts, key=lambda film: (-counts[film], film))[:80])
     kept: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         if row["movieId"] in films and len(kept.setdefault(row["userId"], [])) < events:

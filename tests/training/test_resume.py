@@ -1,0 +1,121 @@
+"""kill -9 at any moment, --resume true: the same losses and the same weights as a run that was never stopped."""
+
+import json
+import multiprocessing
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from genrec.cli import main
+from genrec.training.log import read_metrics
+
+# One process imports torch once and forks every run from there, which takes milliseconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["genrec.cli.train", "genrec.training.stages.align", "jsonargparse", "torch._dynamo"])
+
+
+def start(argv):
+    process = processes.Process(target=main, args=(argv,))
+    process.start()
+    return process
+
+
+def finish(argv):
+    process = start(argv)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def kill_at(argv, stage, step):
+    """Start a run and kill it as soon as it has logged this step."""
+    process = start(argv)
+    path = argv[argv.index("--out") + 1] + "/metrics.jsonl"
+    mark, deadline = f'"stage": "{stage}", "step": {step},', time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        try:
+            with open(path, encoding="utf-8") as file:
+                if mark in file.read():
+                    break
+        except FileNotFoundError:
+            pass
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9, f"the run ended before step {step} of {stage}"
+
+
+@pytest.fixture(scope="module")
+def straight(arguments, tmp_path_factory):
+    """The directory of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("straight") / "model"
+    finish(arguments(out))
+    return out
+
+
+def same_run(one, other):
+    assert (one / "metrics.jsonl").read_text().splitlines() == (other / "metrics.jsonl").read_text().splitlines()
+    for file in (
+        "model.safetensors",
+        *(f"stages/{name}/model.safetensors" for name in ("pretrain", "finetune", "align")),
+    ):
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+    mine, theirs = (json.loads((path / "model.json").read_text()) for path in (one, other))
+    for record in (mine, theirs):
+        for stage in record["stages"].values():
+            stage.pop("seconds")
+    assert mine == theirs
+
+
+def test_the_straight_run_is_what_it_should_be(straight):
+    rows = read_metrics(straight / "metrics.jsonl")
+    for stage in ("pretrain", "finetune", "align"):
+        losses = [row["step"] for row in rows if row["stage"] == stage and "loss" in row]
+        assert losses == list(range(1, len(losses) + 1))
+        assert len(losses) >= 6
+        validations = [row["step"] for row in rows if row["stage"] == stage and "valid_ndcg@10" in row]
+        assert validations == [0, len(losses) // 2, len(losses)]
+        assert all(abs(sum(row["expert_load"]) - 1) < 1e-5 for row in rows if row["stage"] == stage and "loss" in row)
+    assert not (straight / "checkpoints").exists()
+    weights = load_file(straight / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_the_same_command_gives_the_same_run(arguments, straight, tmp_path):
+    finish(arguments(tmp_path / "model"))
+    same_run(straight, tmp_path / "model")
+
+
+def test_killed_in_every_stage_with_damaged_files(arguments, straight, tmp_path):
+    out = tmp_path / "model"
+    kill_at(arguments(out), "pretrain", 0)  # before any checkpoint
+    kill_at(arguments(out, resume=True), "pretrain", 5)
+    newest = sorted((out / "checkpoints" / "pretrain").glob("step-*"))[-1] / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    kill_at(arguments(out, resume=True), "finetune", 3)
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"stage": "finetune", "st')
+    kill_at(arguments(out, resume=True), "align", 3)
+    for file in (out / "checkpoints" / "align").glob("step-*/state.json"):
+        file.write_text("")  # none is whole: the stage starts over
+    finish(arguments(out, resume=True))
+    same_run(straight, out)
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.6, 0.9])
+def test_killed_at_any_time(arguments, straight, tmp_path, delay):
+    out = tmp_path / "model"
+    process = start(arguments(out))
+    process.join(delay)
+    process.kill()
+    process.join()
+    finish(arguments(out, resume=True))
+    same_run(straight, out)
+
+
+def test_resuming_a_finished_run_changes_nothing(arguments, straight):
+    before = {
+        path: path.read_bytes() for path in straight.rglob("*") if path.suffix in (".json", ".jsonl", ".safetensors")
+    }
+    finish(arguments(straight, resume=True))
+    assert {path: path.read_bytes() for path in before} == before

@@ -67,7 +67,9 @@ def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help
-    parser = ArgumentParser(prog=f"genrec {command}", description=module.__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"genrec {command}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these keys; later arguments win")
     parser.add_class_arguments(module.Config)
     try:

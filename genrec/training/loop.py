@@ -18,7 +18,7 @@ from genrec.training.config import OptimizerConfig, TrainConfig
 from genrec.training.engines.torch import TorchEngine
 from genrec.training.log import MetricsLog
 from genrec.training.stages import Stage
-from genrec.training.validation import SELECT_BY, Validator
+from genrec.training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     best_step: int = 0
-    best: float = -1.0  # of SELECT_BY, on the validation events
+    best: float = -1.0  # of stage.select_by, on the validation events
 
 
 def run_stage(
@@ -54,9 +54,10 @@ def run_stage(
             return
         metrics = validator(model)
         log.write(stage.name, progress.step, **{f"valid_{name}": value for name, value in metrics.items()})
-        bar.set_postfix_str(f"valid {SELECT_BY} {metrics[SELECT_BY]:.4f}")
-        if metrics[SELECT_BY] > progress.best:
-            progress.best, progress.best_step = metrics[SELECT_BY], progress.step
+        metric = metrics[stage.select_by]
+        bar.set_postfix_str(f"valid {stage.select_by} {metric:.4f}")
+        if metric > progress.best:
+            progress.best, progress.best_step = metric, progress.step
             with atomic_file(best_weights) as temporary:
                 save_file(model.state_dict(), temporary)
 

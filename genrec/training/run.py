@@ -37,7 +37,9 @@ def train(config: TrainConfig) -> UGT:
         model = build_model(config)
         validator = None
         if config.refit is None:
-            validator = Validator(sequences, config.recommender, config.valid_users, config.seed)
+            validator = Validator(
+                sequences, config.recommender, config.valid_users, config.seed, config.finetune.liked_from
+            )
         _prepare_directory(config)  # last of all that can fail early, so that a mistyped path costs nobody a run
         held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
         events, _ = leave_out(sequences, held_out)

@@ -18,6 +18,7 @@ class Stage(Protocol):
     epochs: float
     steps_per_epoch: int
     optimizer: OptimizerConfig
+    select_by: str  # the validation metric that decides which weights are kept
 
     def loss(self, model: UGT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the batch that belongs to `step`, and values to log."""

@@ -20,10 +20,12 @@ from genrec.models.ugt import UGT, TargetBatch, TokenBatch
 from genrec.training.batches import EpochOrder, TrainingSet, Windows, last_positions, liked_events, ragged_ranges
 from genrec.training.config import AlignConfig
 from genrec.training.objectives import anchored_loss, preference_loss
+from genrec.training.validation import SELECT_BY_LIKED
 
 
 class Align:
     name = "align"
+    select_by = SELECT_BY_LIKED
 
     def __init__(self, config: AlignConfig, model: UGT, sequences: EventSequences, seed: int) -> None:
         self.config, self.seed = config, seed

@@ -9,10 +9,12 @@ from genrec.models.ugt import UGT, UGTConfig
 from genrec.training.batches import EpochOrder, TrainingSet, last_positions, liked_events
 from genrec.training.config import FinetuneConfig
 from genrec.training.objectives import next_item_loss
+from genrec.training.validation import SELECT_BY_LIKED
 
 
 class Finetune:
     name = "finetune"
+    select_by = SELECT_BY_LIKED
 
     def __init__(self, config: FinetuneConfig, model: UGTConfig, sequences: EventSequences, seed: int) -> None:
         windows = last_positions(sequences.cu_events, model.max_events, config.last_targets)

@@ -10,10 +10,12 @@ from genrec.models.ugt import UGT, UGTConfig
 from genrec.training.batches import EpochOrder, TrainingSet, all_positions
 from genrec.training.config import PretrainConfig
 from genrec.training.objectives import next_item_loss
+from genrec.training.validation import SELECT_BY
 
 
 class Pretrain:
     name = "pretrain"
+    select_by = SELECT_BY
 
     def __init__(self, config: PretrainConfig, model: UGTConfig, sequences: EventSequences, seed: int) -> None:
         windows = all_positions(sequences.cu_events, model.max_events)

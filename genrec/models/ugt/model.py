@@ -14,7 +14,6 @@ from genrec.models.ugt.encoder import Encoder
 from genrec.models.ugt.layers import module_list
 from genrec.models.ugt.losses import linear_cross_entropy
 
-
 INITIAL_STD = 0.05  # of every embedding
 
 

@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     console = Console()
     console.print(metrics_table(comparison))
     console.print(verdict(page.metrics, page.intervals))
-    console.print(f"metrics → {out / 'metrics.json'}   page → {out / 'report.html'}")
+    print(f"metrics → {out / 'metrics.json'}   page → {out / 'report.html'}")  # rich would break or colour the paths
 
 
 def metrics_table(comparison: Comparison) -> Table:

@@ -49,7 +49,7 @@ def run(config: Config) -> None:
     catalogue = load_catalogue_of(model, features)
     history = (
         typed_history(config.history, catalogue, load_vocabulary(features))
-        if config.history
+        if config.history is not None
         else user_history(config.user, features)
     )
     recommender = Recommender(model, replace(settings, exclude_seen=not config.include_seen))
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
         items = [{"item_id": catalogue.item_ids[i], "title": catalogue.titles[i], "score": score} for i, score in rows]
         print(json.dumps({"user_id": history.user_ids[0], "items": items}, ensure_ascii=False))
         return
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a title may look like a tag
     console.print(_table(f"history of {history.user_ids[0]}, the last 10", [
         (_stars(rating), catalogue.titles[item] or "(not in the vocabulary)")
         for item, rating in zip(history.item_ids[-10:], history.ratings[-10:], strict=True)
@@ -81,6 +81,8 @@ def user_history(user: str | None, features: Path) -> EventSequences:
 
 def typed_history(names: list[str], catalogue: Catalogue, vocabulary: Vocabulary) -> EventSequences:
     """A history of items named by id or by exact title."""
+    if not names:
+        raise ValueError("history is empty; expected at least one item id or title")
     titles = {title: index for index, title in enumerate(catalogue.titles) if index}
     ids = {item_id: index for index, item_id in enumerate(catalogue.item_ids) if index}
     if unknown := [name for name in names if name not in ids and name not in titles]:

@@ -7,6 +7,7 @@ full, no permission, directory in use) · 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 import traceback
@@ -75,7 +76,9 @@ def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise ValueError(f"{error} (genrec {command} --help lists the keys)") from None
+        files = [value for key, value in itertools.pairwise(argv) if key == "--config"]
+        where = f"{', '.join(files)}: " if files and "config:" in str(error) else ""  # a file, not a key, is wrong
+        raise ValueError(f"{where}{error} (genrec {command} --help lists the keys)") from None
     return module.Config(**{name: values[name] for name in module.Config.__dataclass_fields__})
 
 

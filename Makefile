@@ -9,14 +9,12 @@ RUN ?= runs/demo
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-# On a machine without an NVIDIA driver the CPU build of torch is tried first: it is 200 MB instead of several GB.
+# torch comes first and by itself, so that nothing else chooses its build. Without a GPU, name PyTorch's CPU index to save
+# gigabytes: make install TORCH="torch==2.13.0 --index-url …"
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 $(VENV)/.torch: | $(BIN)/python
-	@$(BIN)/python -c "import torch" 2>/dev/null \
-	|| { ! command -v nvidia-smi >/dev/null && $(BIN)/pip install -q --retries 0 --timeout 15 $(TORCH) \
-	     --index-url https://download.pytorch.org/whl/cpu 2>/dev/null; } \
-	|| $(BIN)/pip install -q $(TORCH)
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	@touch $@
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(BIN)/pip install -q 'setuptools>=77' wheel

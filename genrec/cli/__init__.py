@@ -14,6 +14,8 @@ import traceback
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError
+
 COMMANDS = {
     "features": "raw event logs → event sequences, vocabulary and item features (Parquet)",
     "tokenize": "item features → semantic ids (RQ-VAE)",
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"genrec {command}", str(error), 2)
     except OSError as error:
         return _fail(f"genrec {command}", str(error), 3)
+    except SafetensorError as error:  # what is read is checked where it is read: this is a write that failed
+        return _fail(f"genrec {command}", f"weights could not be written ({error})", 3)
     except Exception as error:
         return _fail(f"genrec {command}", f"unexpected {type(error).__name__}: {error}", 1)
 
@@ -55,8 +59,7 @@ def _run(command: str, argv: list[str]) -> int:
             raise
         return _fail(
             f"genrec {command}",
-            "PyTorch is not installed; pip install 'torch>=2.11,<2.14' "
-            "(add --index-url https://download.pytorch.org/whl/cpu on a machine without a GPU)",
+            "PyTorch is not installed; pip install 'torch>=2.11,<2.14', in the build that fits this machine",
             2,
         )
     module.run(_parse(command, module, argv))

@@ -135,6 +135,25 @@ def test_item_vectors_are_own_vector_plus_codes():
         torch.testing.assert_close(vectors[item], expected)
 
 
+@pytest.mark.parametrize("width", [40, 5])
+def test_items_start_where_their_features_place_them(width):
+    """On the principal axes, however numpy finds them: inner products do not depend on the signs of the axes."""
+    model = small.model(30)
+    before = model.item_embedding.weight.detach().clone()
+    features = np.random.default_rng(0).standard_normal((31, width)).astype(np.float32) * np.linspace(3, 1, width)
+    model.place_items(torch.from_numpy(features).float())
+    placed = model.item_embedding.weight.detach()[:, :width].numpy()
+    centred = features[1:] - features[1:].mean(0)
+    left, strength, _ = np.linalg.svd(centred, full_matrices=False)
+    kept = min(width, 16)
+    products = (left[:, :kept] * strength[:kept] ** 2) @ left[:, :kept].T
+    expected = products / np.square((left * strength)[:, :kept]).mean() * np.square(placed[1:]).mean()
+    np.testing.assert_allclose(placed[1:] @ placed[1:].T, expected, atol=1e-3 * expected.max())
+    assert placed[1:].std() == pytest.approx(0.05, rel=0.01)
+    assert torch.equal(model.item_embedding.weight[0], before[0])
+    assert torch.equal(model.item_embedding.weight[:, width:], before[:, width:])
+
+
 class Passthrough(nn.Module):
     def forward(self, x, tokens):
         return x

@@ -46,6 +46,8 @@ class Config:
 def run(config: Config) -> None:
     model, recommender = load_model(config.model)
     record = read_model_json(config.model)
+    if "data" not in record or "stages" not in record:
+        raise ValueError(f"{config.model / 'model.json'} was not written by genrec train; expected a finished run")
     features = config.features or Path(record["data"]["features"])
     sequences, catalogue = load_sequences(features), load_catalogue_of(model, features)
     comparison = compare(model, recommender, sequences, record["data"]["held_out"], config.liked_from)

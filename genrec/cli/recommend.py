@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     if config.top_k < 1:
         raise ValueError(f"top_k is {config.top_k}; expected 1 or more")
     model, settings = load_model(config.model)
-    features = config.features or Path(read_model_json(config.model)["data"]["features"])
+    features = config.features or _trained_on(config.model)
     catalogue = load_catalogue_of(model, features)
     history = (
         typed_history(config.history, catalogue, load_vocabulary(features))
@@ -65,6 +65,13 @@ def run(config: Config) -> None:
         for item, rating in zip(history.item_ids[-10:], history.ratings[-10:], strict=True)
     ]))  # fmt: skip
     console.print(_table("recommended", [(f"{score:.2f}", catalogue.titles[item]) for item, score in rows]))
+
+
+def _trained_on(model: Path) -> Path:
+    data = read_model_json(model).get("data")
+    if data is None:
+        raise ValueError(f"{model / 'model.json'} does not say what it was trained on; pass --features")
+    return Path(data["features"])
 
 
 def user_history(user: str | None, features: Path) -> EventSequences:

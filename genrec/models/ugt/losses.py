@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 20  # logits held at a time: they stay in cache on a CPU and fill a GPU
+CHUNK_ELEMENTS = 1 << 20  # logits held at a time: they stay in cache on a CPU and fill a GPU …
+CHUNK_ROWS = 64  # … but never fewer rows than pay for one pass over the weights
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one sweep over chunks of rows, so that no more than CHUNK_ELEMENTS logits ever exist.
+    """Loss and gradients in one sweep over chunks of rows, so that only one chunk of logits ever exists.
+
     Sums over chunks are float32: in bfloat16 they would lose what is small beside them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         rows = len(x)
-        chunk = max(1, CHUNK_ELEMENTS // len(weight))
+        chunk = max(CHUNK_ROWS, CHUNK_ELEMENTS // len(weight))
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32)

@@ -96,12 +96,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_logits_are_never_whole():
+@pytest.mark.parametrize(("elements", "rows", "chunk"), [(4096, 1, 8), (1, 4, 4)])
+def test_logits_are_never_whole(elements, rows, chunk):
     tensors, targets = inputs(rows=64, width=4, vocabulary=512)
     with pytest.MonkeyPatch.context() as patch, LargestTensor() as largest:
-        patch.setattr(losses, "CHUNK_ELEMENTS", 4096)
+        patch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        patch.setattr(losses, "CHUNK_ROWS", rows)
         value_and_gradients(linear_cross_entropy, tensors, targets)
-    assert largest.elements <= 4096 < 64 * 512
+    assert largest.elements == chunk * 512
 
 
 def test_large_logits_do_not_overflow():

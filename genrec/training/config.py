@@ -111,7 +111,7 @@ class TrainConfig:
     """stage 3"""
     recommender: RecommenderConfig = field(default_factory=RecommenderConfig)
     """how validation recommends; alpha is then chosen among alphas"""
-    alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    alphas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     """candidates for alpha, compared on the validation events at the end"""
     valid_users: int = 2000
     """users that are validated on; all of them where there are fewer"""

@@ -84,7 +84,8 @@ def _finish_stage(
         plan = _plan(stage, chosen)
         progress = run_stage(stage, model, plan, config, log, validator)
         best_step = plan.stop if validator is None else progress.best_step
-        record = {"steps": plan.total, "best_step": best_step, "best": progress.best,
+        best = None if validator is None else progress.best
+        record = {"steps": plan.total, "best_step": best_step, "best": best,
                   "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         with atomic_directory(done) as temporary:
             save_file(model.state_dict(), temporary / "model.safetensors")

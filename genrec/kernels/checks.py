@@ -34,11 +34,12 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_same_dtype(**tensors: Tensor) -> None:
-    """Floating tensors of one dtype. Under autocast they are cast to one later, so they may differ here."""
+    """Floating tensors of one dtype. Under autocast they are cast to one later, so all but float64 may differ here."""
     check_floating(**tensors)
     (first, reference), *others = tensors.items()
     for name, tensor in others:
-        if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+        kept = torch.float64 in (tensor.dtype, reference.dtype) or not torch.is_autocast_enabled(reference.device.type)
+        if tensor.dtype != reference.dtype and kept:
             raise TypeError(f"{name} is {tensor.dtype} and {first} is {reference.dtype}; expected one dtype")
 
 

@@ -65,6 +65,12 @@ def assert_compiles(function: Function, *calls: Sequence[Tensor], backend: str =
                 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+def permuted(x: Tensor) -> Tensor:
+    """The same values, dense in memory, the first dimension running fastest."""
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values with every dimension strided and the last one not contiguous."""
     wide = x.new_full([2 * size for size in x.shape], float("nan") if x.is_floating_point() else 0)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, strided
+from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, permuted, strided
 
 from genrec.kernels import group_layer_norm
 from genrec.kernels.group_layer_norm import reference
@@ -52,6 +52,15 @@ def test_any_shape(shape, d, groups, index, scattered):
     assert_same(ours_add, plain_add, [x, residual, weight, bias], 1e-9)
 
 
+def test_permuted_inputs_and_gradients():
+    ids, *tensors = inputs((3, 5))
+    x, residual, weight, bias = (permuted(t) for t in tensors)
+    ours, ours_add = both(group_layer_norm, ids)
+    plain, plain_add = both(reference.group_layer_norm, ids)
+    assert_same(lambda *a: ours(*a).permute(2, 1, 0), lambda *a: plain(*a).permute(2, 1, 0), [x, weight, bias], 1e-9)
+    assert_same(ours_add, plain_add, [x, residual, weight, bias], 1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0.0, 50.0])
 def test_measured_error(dtype, offset):
@@ -88,6 +97,8 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.genrec.group_layer_norm_backward.default, (plain[0], plain[1], ids, *plain[2:], 1e-5)
     )
+    moved = [permuted(t) for t in plain]
+    torch.library.opcheck(torch.ops.genrec.add_group_layer_norm.default, (moved[0], moved[1], ids, *moved[2:], 1e-5))
 
 
 def test_compiles():
@@ -116,6 +127,18 @@ def test_mixed_dtypes_have_gradients_of_their_own():
     y, _ = group_layer_norm(leaves[0], ids, *leaves[2:], residual=leaves[1])
     gradients = torch.autograd.grad(y.square().sum(), leaves)
     assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+
+
+def test_affine_in_float64_beside_a_narrower_x():
+    ids, x, _, weight, bias = inputs()
+    leaves = [x.float().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    y = group_layer_norm(leaves[0], ids, *leaves[1:])
+    assert y.dtype == torch.float32
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    expected = torch.autograd.grad(reference.group_layer_norm(x, ids, *leaves[1:]).sum(), leaves[1:])
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+    for ours, truth in zip(gradients[1:], expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_group():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, strided
+from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, permuted, strided
 
 from genrec.kernels import moe_experts, moe_ffn, moe_route
 from genrec.kernels.moe import reference
@@ -163,6 +163,14 @@ def test_opcheck():
     )
 
 
+def test_gradients_of_permuted_weights_have_the_strides_of_the_fake():
+    indices, x, weights, gate_up, down = inputs(dtype=torch.float32)
+    experts = (x, x, weights, indices, permuted(gate_up), permuted(down))
+    torch.library.opcheck(torch.ops.genrec.moe_experts_backward.default, experts)
+    logits = permuted(torch.randn(10, 4, device=DEVICE))
+    torch.library.opcheck(torch.ops.genrec.moe_route_backward.default, (weights, logits, indices, True))
+
+
 def test_compiles():
     router = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     calls = []
@@ -218,6 +226,8 @@ WT, IX = torch.zeros(5, 2), torch.zeros(5, 2).int()
         (lambda: moe_experts(X, WT, IX + 3, GU, DN), IndexError, r"indices holds 3; expected 0 … 2, one of 3 experts"),
         (lambda: moe_experts(X, WT, IX - 1, GU, DN), IndexError, r"indices holds -1"),
         (lambda: moe_ffn(X, torch.zeros(2, 4), GU, DN, 2), ValueError, r"router_weight has shape \(2, 4\)"),
+        (lambda: moe_ffn(X, torch.zeros(3, 4), GU[0, 0, 0], DN, 2), ValueError, r"w_gate_up has shape \(\)"),
+        (lambda: moe_ffn(X, torch.zeros(3, 4).to("meta"), GU, DN, 2), ValueError, r"router_weight is on meta"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

@@ -255,6 +255,12 @@ def test_autocast(dtype):
         assert varlen(cu, options, lengths, lengths)(q, k, v, bias).dtype == dtype
 
 
+def test_autocast_leaves_float64_alone():
+    (q, k, v, _), options = dense()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16), pytest.raises(TypeError, match=r"k is torch.float32"):
+        relu_attention(q, k.float(), v, **options)
+
+
 Q, CU = torch.zeros(2, 3, 5, 4), torch.tensor([0, 2, 4])
 T = torch.zeros(5, 3, 4)
 
@@ -285,12 +291,14 @@ T = torch.zeros(5, 3, 4)
         (lambda: relu_attention(Q, Q, Q, rel_bias=torch.zeros(2, 4)), ValueError, r"rel_bias has shape \(2, 4\)"),
         (lambda: relu_attention(Q, Q, Q, rel_bias=torch.zeros(3, 0)), ValueError, r"rel_bias has 0 distances"),
         (lambda: relu_attention(Q, Q, Q, normalizer="mean"), ValueError, r"normalizer is 'mean'; expected \"length\""),
+        (lambda: relu_attention(Q, Q, Q, normalizer=None), TypeError, r"normalizer is None; expected \"length\""),
         (lambda: relu_attention(Q, Q, Q, normalizer=-1.0), ValueError, r"normalizer is -1.0; expected a positive"),
         (lambda: relu_attention(Q, Q, Q, normalizer=torch.ones(3)), ValueError, r"normalizer has shape \(3,\)"),
         (lambda: relu_attention(Q, Q.to("meta"), Q), ValueError, r"k is on meta; expected cpu"),
         (lambda: relu_attention_varlen(T, T, T, CU + 1, CU, 2, 2), ValueError, r"cu_seqlens_q goes from 1 to 5"),
         (lambda: relu_attention_varlen(T, T, T, CU, CU * 2, 4, 4), ValueError, r"cu_seqlens_k goes from 0 to 8"),
         (lambda: relu_attention_varlen(T, T, T, CU, CU, 1, 2), ValueError, r"max_seqlen_q is 1; expected at least 2"),
+        (lambda: relu_attention_varlen(T, T, T, CU[:1], CU[:1], -1, 0), ValueError, r"max_seqlen_q is -1; expected"),
         (lambda: relu_attention_varlen(T, T, T, CU, CU[1:] - 2, 2, 2), ValueError, r"cu_seqlens_k has shape \(2,\)"),
         (lambda: relu_attention_varlen(T, T, T, CU.float(), CU, 2, 2), TypeError, r"cu_seqlens_q is torch.float32"),
         (lambda: relu_attention_varlen(T, T, T, CU[None], CU, 2, 2), ValueError, r"cu_seqlens_q has shape \(1, 3\)"),

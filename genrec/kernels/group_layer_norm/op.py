@@ -32,27 +32,32 @@ def _affine(table: Tensor) -> Tensor:
 def _forward(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide, group = _wide(x), _rows(group_ids, len(weight))
     normed, _, _ = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
-    scale, shift = (_affine(_wide(t)).index_select(0, group).view(x.shape) for t in (weight, bias))
+    scale, shift = (_affine(t.to(wide.dtype)).index_select(0, group).view(x.shape) for t in (weight, bias))
     return torch.addcmul(shift, normed, scale).to(x.dtype)
 
 
 def _forward_add(
     x: Tensor, residual: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    s = (_wide(x) + _wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    s = _sum(x, residual)
     return _forward(s, group_ids, weight, bias, eps), s
+
+
+def _sum(x: Tensor, residual: Tensor) -> Tensor:
+    return (_wide(x) + _wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def _backward(
     grad: Tensor, s: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, grad, group = _wide(s), _wide(grad), _rows(group_ids, len(weight))
+    wide, group = _wide(s), _rows(group_ids, len(weight))
+    grad = grad.to(wide.dtype)
     shape = wide.shape[-1:]
     normed, mean, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
-    g = grad * _affine(_wide(weight)).index_select(0, group).view(s.shape)
+    g = grad * _affine(weight.to(wide.dtype)).index_select(0, group).view(s.shape)
     grad_s = torch.ops.aten.native_layer_norm_backward(g, wide, shape, mean, rstd, None, None, [True, False, False])[0]
     zeros = torch.zeros(len(weight) + 1, *shape, dtype=wide.dtype, device=wide.device)
-    grad_weight = zeros.index_add(0, group, (grad * normed).view(-1, *shape))[:-1]
+    grad_weight = zeros.index_add(0, group, (grad * normed).reshape(-1, *shape))[:-1]
     grad_bias = zeros.index_add(0, group, grad.reshape(-1, *shape))[:-1]
     return grad_s.to(s.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -64,8 +69,8 @@ def _fake(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 def _fake_add(
     x: Tensor, residual: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return s, torch.empty_like(s)
+    s = _sum(x, residual)  # its strides follow those of x and residual
+    return s.new_empty(s.shape), s
 
 
 def _fake_backward(

@@ -111,8 +111,9 @@ def moe_ffn(
         ValueError, TypeError: as the two functions do.
     """
     check_dims("x", x, "(T, D)")
-    check_dims("router_weight", router_weight, "(E, D)")
+    check_dims("w_gate_up", w_gate_up, "(E, 2F, D)")
     check_shape("router_weight", router_weight, (w_gate_up.shape[0], x.shape[1]), "(E, D)")
     check_same_dtype(x=x, router_weight=router_weight)
+    check_device(x.device, router_weight=router_weight)
     weights, indices = moe_route(F.linear(x, router_weight), top_k, bias=bias)
     return moe_experts(x, weights, indices, w_gate_up, w_down)

@@ -22,9 +22,9 @@ def _route_backward(grad: Tensor, logits: Tensor, indices: Tensor, renormalize: 
     if renormalize:
         weights = wide.gather(1, kept).softmax(1)
         grad_kept = weights * (grad - (grad * weights).sum(1, keepdim=True))
-        return torch.zeros_like(wide).scatter_(1, kept, grad_kept).to(logits.dtype)
+        return wide.new_zeros(wide.shape).scatter_(1, kept, grad_kept).to(logits.dtype)
     probabilities = wide.softmax(1)
-    grad_all = torch.zeros_like(wide).scatter_(1, kept, grad)
+    grad_all = wide.new_zeros(wide.shape).scatter_(1, kept, grad)
     return (probabilities * (grad_all - (grad_all * probabilities).sum(1, keepdim=True))).to(logits.dtype)
 
 

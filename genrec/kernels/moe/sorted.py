@@ -59,7 +59,7 @@ def backward(
     rows, grad_out = x.index_select(0, pairs.token), grad.index_select(0, pairs.token)
     weight = weights.flatten().index_select(0, pairs.order)[:, None]
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-    grad_gate_up, grad_down = torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
+    grad_gate_up, grad_down = (w.new_zeros(w.shape) for w in (w_gate_up, w_down))  # contiguous, as the fake says
     for expert, block in pairs.blocks():
         gate, up = (rows[block] @ w_gate_up[expert].T).chunk(2, 1)
         sigmoid = gate.sigmoid()

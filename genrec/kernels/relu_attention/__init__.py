@@ -151,8 +151,9 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int, bound_name: str, bou
     if values[0] != 0 or min(lengths, default=0) < 0 or values[-1] > tokens:
         raise ValueError(f"{name} goes from {values[0]} to {values[-1]}; expected offsets that start at 0, "
                          f"never fall and end at most at the number of tokens, {tokens}")  # fmt: skip
-    if max(lengths, default=0) > bound:
-        raise ValueError(f"{bound_name} is {bound}; expected at least {max(lengths)}, the longest sequence of {name}")
+    longest = max(lengths, default=0)
+    if longest > bound:
+        raise ValueError(f"{bound_name} is {bound}; expected at least {longest}, the longest sequence of {name}")
 
 
 def _scale(scale: float | None, dim: int) -> float:
@@ -166,10 +167,11 @@ def _divisor(normalizer: str | float | Tensor, batch: int, device: torch.device)
         check_shape("normalizer", normalizer, (batch,), "(B,)")
         check_device(device, normalizer=normalizer)
         return normalizer, 0.0, False
-    if isinstance(normalizer, str):
-        if normalizer not in ("length", "visible"):
-            raise ValueError(f'normalizer is {normalizer!r}; expected "length", "visible", a float or a (B,) tensor')
+    if isinstance(normalizer, str) and normalizer in ("length", "visible"):
         return None, 0.0, normalizer == "visible"
+    if not isinstance(normalizer, int | float):
+        kind = ValueError if isinstance(normalizer, str) else TypeError
+        raise kind(f'normalizer is {normalizer!r}; expected "length", "visible", a float or a (B,) tensor')
     if not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer}; expected a positive number")
     return None, float(normalizer), False

@@ -26,7 +26,8 @@ class Config:
     features: Path
     """Directory that `genrec features` wrote."""
     out: Path
-    """Directory to write: rqvae.safetensors, tokenizer.json, semantic_ids.parquet, index.json, metrics.jsonl."""
+    """Directory to write: rqvae.safetensors, tokenizer.json, semantic_ids.parquet, index.json, and metrics.jsonl where
+    codebooks are learned."""
     add_to: Path | None = None
     """A tokenizer directory: reuse its weights and ids and only give ids to the items it lacks. The keys below, up to
     `overwrite`, then have no effect."""
@@ -57,7 +58,10 @@ class Config:
 def run(config: Config) -> None:
     """Write `config.out` and print what is in it."""
     catalogue = load_catalogue(config.features)
-    with atomic_directory(config.out, config.overwrite) as directory:
+    # A tokenizer may be extended in place: it is read before it is replaced.
+    in_place = config.add_to is not None and config.add_to.resolve() == config.out.resolve()
+    inputs = [config.features] if config.add_to is None or in_place else [config.features, config.add_to]
+    with atomic_directory(config.out, config.overwrite, inputs) as directory:
         if config.add_to is not None:
             summary = extend_tokenizer(catalogue, config.add_to, directory)
         else:

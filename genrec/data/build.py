@@ -33,7 +33,8 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
     Raises ValueError, FileNotFoundError or FileExistsError with one sentence; nothing is left behind then.
     """
     malformed = Malformed(config.max_malformed)
-    with atomic_directory(config.out, config.overwrite) as directory, _database(config) as connection:
+    inputs = [path for path in (config.events, config.items) if path]
+    with atomic_directory(config.out, config.overwrite, inputs) as directory, _database(config) as connection:
         with _step(f"reading {config.events}"):
             columns = read_events(connection, config, malformed)
             read_items(connection, config, columns.item, malformed)
@@ -64,7 +65,11 @@ def _database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection]:
                 f"memory_limit is {config.memory_limit!r}; expected a size such as 2GB ({error})"
             ) from None
         with connection:
-            yield connection
+            try:
+                yield connection
+            except duckdb.OutOfMemoryException:
+                limit = config.memory_limit or "80 % of the machine's memory"
+                raise OSError(f"DuckDB needs more memory than memory_limit allows, {limit}; raise it") from None
 
 
 def _write_sequences(

@@ -43,7 +43,7 @@ def load_catalogue(directory: Path | str) -> Catalogue:
     Raises FileNotFoundError if items.parquet is missing, ValueError if it is not what it should be.
     """
     path = Path(directory) / "items.parquet"
-    table = _read_parquet(path, "genrec features")
+    table = read_parquet(path, "genrec features")
     missing = {"item_index", "item_id", "title", "count", "features"} - set(table.column_names)
     if missing:
         raise ValueError(f"{path} has no column {sorted(missing)[0]!r}; expected the output of genrec features")
@@ -94,7 +94,7 @@ def load_semantic_ids(path: Path | str, catalogue: Catalogue) -> SemanticIds:
 
 
 def _read_codes(directory: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]:
-    table = _read_parquet(directory / "semantic_ids.parquet", "genrec tokenize")
+    table = read_parquet(directory / "semantic_ids.parquet", "genrec tokenize")
     missing = {"item_id", "codes"} - set(table.column_names)
     if missing:
         raise ValueError(f"{directory / 'semantic_ids.parquet'} has no column {sorted(missing)[0]!r}")
@@ -142,7 +142,8 @@ def _check_codes(codes: NDArray[np.int64], sizes: tuple[int, ...], items: NDArra
         )
 
 
-def _read_parquet(path: Path, writer: str) -> pa.Table:
+def read_parquet(path: Path, writer: str) -> pa.Table:
+    """The whole table; FileNotFoundError or ValueError names the file and the command that writes it."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected the output of {writer}")
     try:

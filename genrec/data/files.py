@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,14 +28,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; when the block ends well it takes the name `path`.
 
-    Raises FileExistsError if `path` is a file, or holds something and `overwrite` is False.
+    What stood there before is moved aside first and removed last. Raises FileExistsError if `path` is a file, holds
+    something and `overwrite` is False, or holds one of `inputs`, which overwriting would delete.
     """
+    target = path.resolve()  # what a link names is replaced, not the link; "." has no name of its own
     _refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+    for kept in inputs:
+        if kept.resolve().is_relative_to(target):
+            raise FileExistsError(f"{path} holds the input {kept}; expected a directory that does not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -43,8 +49,10 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         _refuse_existing(path, overwrite)  # another run may have finished meanwhile
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -54,7 +54,10 @@ def open_source(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
         raise FileNotFoundError(f"{path} does not exist")
     for ending, reader in _READERS.items():
         if path.name.lower().endswith(ending):
-            columns, data, query = reader(path)
+            try:
+                columns, data, query = reader(path)
+            except UnicodeEncodeError:  # JSON can escape what no text can hold
+                raise ValueError(f"{path} holds half of a surrogate pair (\\ud800 … \\udfff); expected text") from None
             source = Source(path, columns, query, failures=[])
             if not isinstance(data, pa.Table):
                 data = pa.RecordBatchReader.from_batches(LINE_SCHEMA, _remember_failure(data, source.failures))
@@ -194,6 +197,8 @@ def _load_object(path: Path, shape: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; convert the file first") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; expected one object {shape}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}); expected one object {shape}") from None
     if not isinstance(value, dict) or not value:

@@ -107,9 +107,13 @@ def read_items(
 
 def _log_columns(config: FeaturesConfig, source: Source) -> LogColumns:
     names, path = source.columns, source.path
+    user = require_column("user", config.user, names, path)
+    item = require_column("item", config.item, names, path)
+    if user == item:
+        raise ValueError(f"{path}: column {user!r} cannot be both user and item; pass --user and --item")
     return LogColumns(
-        user=require_column("user", config.user, names, path),
-        item=require_column("item", config.item, names, path),
+        user=user,
+        item=item,
         rating=choose_column("rating", config.rating, names, path),
         time=choose_column("time", config.time, names, path),
         action=require_column("action", config.action, names, path) if config.action else None,

@@ -47,6 +47,8 @@ class RQVAEConfig:
                 raise ValueError(f"{name} must hold positive numbers, got {list(values)}")
         if not self.codebook_sizes:
             raise ValueError("codebook_sizes is empty; expected at least one level, such as [256, 256, 256]")
+        if len(self.codebook_sizes) > 26:
+            raise ValueError(f"codebook_sizes has {len(self.codebook_sizes)} levels; expected at most 26, one a letter")
         if self.input_dim < 1 or self.latent_dim < 1:
             raise ValueError(f"input_dim and latent_dim must be positive, got {self.input_dim} and {self.latent_dim}")
         if not 0 <= self.decay < 1:

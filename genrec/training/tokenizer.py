@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genrec.data.catalogue import load_semantic_ids, save_semantic_ids
+from genrec.data.catalogue import load_semantic_ids, read_parquet, save_semantic_ids
 from genrec.data.files import atomic_file
 from genrec.interfaces import Catalogue, SemanticIds
 from genrec.models.rqvae import RQVAE, RQVAEConfig, load_rqvae, save_rqvae
@@ -165,14 +164,19 @@ def _read_summary(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected the output of genrec tokenize")
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if "model" not in summary or "quality" not in summary:
-        raise ValueError(f"{path} does not describe a model; expected the output of genrec tokenize")
+    try:
+        summary = json.loads(path.read_bytes())
+        RQVAEConfig.from_json(summary["model"])
+        float(summary["quality"]["reconstruction_of_ids"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not describe a model ({error!r}); expected the output of genrec tokenize"
+        ) from None
     return summary
 
 
 def _item_ids(directory: Path) -> list[str]:
-    return pq.read_table(directory / "semantic_ids.parquet", columns=["item_id"])["item_id"].to_pylist()
+    return read_parquet(directory / "semantic_ids.parquet", "genrec tokenize")["item_id"].to_pylist()
 
 
 def _names_only(item_ids: list[str]) -> Catalogue:

@@ -59,6 +59,12 @@ def test_refusals_are_one_line_and_exit_code_2(log, capsys, arguments, message):
     assert message in last
 
 
+def test_too_little_memory_is_the_machines_refusal(log, capsys):
+    assert main(["features", "--events", "log.csv", "--out", "out", "--memory_limit", "1MB"]) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "genrec features: error: DuckDB needs more memory than memory_limit allows, 1MB; raise it"
+
+
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as error:
         main(["features", "--help"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,30 @@ def test_places_that_are_wrong(first, films, tmp_path, capsys):
     (tmp_path / "features" / "tokenizer.json").write_text('{"codebook_sizes": [4]}')
     code = tokenize(tmp_path / "features", films, tmp_path / "out", "--add_to", str(tmp_path / "features"))
     assert "does not describe a model" in refusal(capsys, code)
+    (tmp_path / "features" / "tokenizer.json").write_text("{")
+    code = tokenize(tmp_path / "features", films, tmp_path / "out", "--add_to", str(tmp_path / "features"))
+    assert "features/tokenizer.json does not describe a model" in refusal(capsys, code)
+
+
+def test_the_features_are_not_overwritten(films, tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "features"):
+        code = tokenize(tmp_path / "features", films, out, "--overwrite", "true", *QUICK)
+        assert "holds the input" in refusal(capsys, code)
+    assert load_catalogue(tmp_path / "features").size == films.size
+
+
+def test_a_tokenizer_is_extended_in_place(first, films, tmp_path):
+    shutil.copytree(first, tmp_path / "tokenizer")
+    arguments = ("--add_to", str(tmp_path / "tokenizer"), "--overwrite", "true")
+    assert tokenize(tmp_path / "features", films, tmp_path / "tokenizer", *arguments) == 0
+    assert len(ids_of(tmp_path / "tokenizer")) == films.size
+
+
+def test_the_damaged_ids_of_a_tokenizer_are_named(first, films, tmp_path, capsys):
+    shutil.copytree(first, tmp_path / "old")
+    (tmp_path / "old" / "semantic_ids.parquet").write_text("x")
+    code = tokenize(tmp_path / "features", films, tmp_path / "out", "--add_to", str(tmp_path / "old"))
+    assert "semantic_ids.parquet is not a readable Parquet file; run genrec tokenize again" in refusal(capsys, code)
 
 
 def test_features_of_another_width(first, films, tmp_path, capsys):

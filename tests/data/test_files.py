@@ -1,6 +1,7 @@
 """Files and directories appear whole or not at all."""
 
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,49 @@ def test_directory_replaces_only_on_request(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"), atomic_directory(path / "b", overwrite=True):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_directory_behind_a_link_and_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("1")
+    assert (tmp_path / "real" / "a").read_text() == "1"
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_directory(Path()) as temporary:
+        (temporary / "b").write_text("2")
+    assert (tmp_path / "here" / "b").read_text() == "2"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_overwriting_never_deletes_an_input(tmp_path):
+    log = tmp_path / "out" / "logs" / "log.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("old")
+    for out in (tmp_path / "out", log.parent, tmp_path):
+        with (
+            pytest.raises(FileExistsError, match=r"holds the input .*log\.csv"),
+            atomic_directory(out, overwrite=True, inputs=[log]),
+        ):
+            pass
+    assert log.read_text() == "old"
+
+
+def test_what_is_replaced_stays_until_the_block_ends_well(tmp_path):
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "a").write_text("old")
+
+    def fail():
+        with atomic_directory(path, overwrite=True):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_directory_is_held_by_one_run(tmp_path):

@@ -189,6 +189,8 @@ def test_json_lines_refusals(build, content, message):
         ("[1]", "holds no JSON object; expected user → [item, …]"),
         ("{}", "holds no JSON object"),
         (b"\xff", "is not UTF-8"),
+        ('{"u":["\\ud800"]}', "X.inter.json holds half of a surrogate pair"),
+        ('{"u":' + "[" * 100_000, "X.inter.json is nested too deeply"),
     ],
 )
 def test_user_list_refusals(build, content, message):
@@ -227,6 +229,8 @@ def test_refused_names(build, tmp_path):
         build({"log.parquet": "user,item\n"}, "log.parquet")
     with pytest.raises(ValueError, match=r"log\.csv has no column 'who' for user; its columns are 'user', 'item'"):
         build({"log.csv": LOG}, "log.csv", user="who")
+    with pytest.raises(ValueError, match=r"log\.csv: column 'item' cannot be both user and item"):
+        build({"log.csv": LOG}, "log.csv", user="item")
 
 
 @pytest.mark.parametrize(

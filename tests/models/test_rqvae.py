@@ -188,6 +188,7 @@ def test_config_survives_json():
     ("settings", "message"),
     [
         ({"codebook_sizes": ()}, "codebook_sizes is empty"),
+        ({"codebook_sizes": (2,) * 27}, "codebook_sizes has 27 levels; expected at most 26"),
         ({"codebook_sizes": (4, 0)}, r"codebook_sizes must hold positive numbers, got \[4, 0\]"),
         ({"hidden_sizes": (-1,)}, "hidden_sizes must hold positive"),
         ({"latent_dim": 0}, "latent_dim must be positive"),

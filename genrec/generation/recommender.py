@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,39 +51,49 @@ class Recommender:
 
     def rank_scored(self, histories: EventSequences, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """As `rank`, with the scores (U, top_k) float32, falling, -inf where there is no item."""
-        items = np.zeros((len(histories), top_k), np.int64)
-        scores = np.full((len(histories), top_k), -np.inf, np.float32)
+        return self.rank_by_alpha(histories, top_k, (self.config.alpha,))[0]
+
+    def rank_by_alpha(
+        self, histories: EventSequences, top_k: int, alphas: Sequence[float]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """As `rank_scored`, once for every alpha; the model runs only once."""
+        shape = (len(histories), top_k)
+        results = [(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)) for _ in alphas]
         lengths = np.diff(histories.cu_events)
         users = np.argsort(lengths, kind="stable")  # sequences of like length go together
         users = users[lengths[users] > 0]
         for begin in range(0, len(users), self.batch_size):
             chosen = users[begin : begin + self.batch_size]
-            best, score = self._rank_batch(take_users(histories, chosen), top_k)
-            items[chosen, : best.shape[1]] = best.cpu().numpy()
-            scores[chosen, : best.shape[1]] = score.cpu().numpy()
-        return items, scores
+            beam, item_head = self._opinions(take_users(histories, chosen), top_k)
+            for alpha, (items, scores) in zip(alphas, results, strict=True):
+                score, best = (beam + self._item_weight(alpha) * item_head).topk(min(top_k, beam.shape[1]))
+                items[chosen, : best.shape[1]] = best.masked_fill(score.isneginf(), 0).cpu().numpy()
+                scores[chosen, : best.shape[1]] = score.cpu().numpy()
+        return results
+
+    def _item_weight(self, alpha: float) -> float:
+        return {"mixed": alpha, "beam": 0.0, "items": 1.0}[self.config.mode]
 
     @torch.inference_mode()
-    def _rank_batch(self, histories: EventSequences, top_k: int) -> tuple[Tensor, Tensor]:
-        model, config = self.model, self.config
+    def _opinions(self, histories: EventSequences, top_k: int) -> tuple[Tensor, Tensor]:
+        """What the beam search and what the item head say of every item, each (B, N + 1) log-probabilities; the beam's
+        are -inf for what must not be recommended."""
+        model = self.model
         tokens = token_batch(last_events(histories, model.config.max_events), model.config, self.device)
         vectors = model.item_vectors()
         encoded = model.encode(tokens, vectors)
         last_tokens = tokens.cu_seqlens[1:].long() - 1
         users = encoded[last_tokens]
         forbidden = self._forbidden(histories)
-        item_log_probs = model.item_logits(users, vectors).float().log_softmax(-1)
-        if config.mode == "items":
-            total = item_log_probs
+        item_head = model.item_logits(users, vectors).float().log_softmax(-1)
+        if self.config.mode == "items":
+            beam = torch.zeros_like(item_head)
         else:
             start = model.decoder_start(users, tokens.positions[last_tokens] + 1)
-            items, log_probs = beam_search(
-                model, model.memory(encoded, tokens), start, self.trie, max(config.beams, top_k), forbidden
-            )
-            total = _spread(items, log_probs, item_log_probs, config)
-        total = total.masked_fill(forbidden, -math.inf)
-        scores, best = total.topk(min(top_k, total.shape[1]))
-        return best.masked_fill(scores.isneginf(), 0), scores
+            width = max(self.config.beams, top_k)
+            items, log_probs = beam_search(model, model.memory(encoded, tokens), start, self.trie, width, forbidden)
+            beam = _spread(items, log_probs, item_head.shape[1], self.config.mode)
+        return beam.masked_fill(forbidden, -math.inf), item_head
 
     def _forbidden(self, histories: EventSequences) -> Tensor:
         """(B, N + 1) bool: the out-of-vocabulary item, and what the user has had in the whole history given."""
@@ -94,15 +105,14 @@ class Recommender:
         return forbidden
 
 
-def _spread(items: Tensor, log_probs: Tensor, item_log_probs: Tensor, config: RecommenderConfig) -> Tensor:
-    """Beam results (B, W) over the whole catalogue → scores (B, N + 1).
+def _spread(items: Tensor, log_probs: Tensor, size: int, mode: Mode) -> Tensor:
+    """Beam results (B, W) over the whole catalogue → (B, size).
 
     An item outside the beam is at most as likely as the last one inside. The mixed score grants it exactly that, so the
     item head can still bring it in; beam alone leaves it out.
     """
-    if config.mode == "beam":
-        return torch.full_like(item_log_probs, -math.inf).scatter(1, items, log_probs)
+    if mode == "beam":
+        return log_probs.new_full((len(items), size), -math.inf).scatter(1, items, log_probs)
     worst = log_probs.masked_fill(log_probs.isneginf(), math.inf).amin(1, keepdim=True)
     worst = worst.masked_fill(worst.isposinf(), 0.0)  # an empty beam: the item head alone decides
-    spread = worst.expand_as(item_log_probs).scatter(1, items, torch.maximum(log_probs, worst))
-    return spread + config.alpha * item_log_probs
+    return worst.expand(-1, size).scatter(1, items, torch.maximum(log_probs, worst))

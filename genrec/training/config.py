@@ -115,6 +115,8 @@ class TrainConfig:
     """candidates for alpha, compared on the validation events at the end"""
     valid_users: int = 2000
     """users that are validated on; all of them where there are fewer"""
+    alpha_users: int = 20000
+    """users on whose validation events alpha is chosen; all of them where there are fewer"""
     validate_every: float = 1
     """epochs between validations"""
     checkpoint_every: int = 200
@@ -149,6 +151,13 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; expected {least} or more")
 
 
-_LEAST = {"valid_users": 1, "checkpoint_every": 1, "log_every": 1, "threads": 0, "recommender.beams": 1}
+_LEAST = {
+    "valid_users": 1,
+    "alpha_users": 1,
+    "checkpoint_every": 1,
+    "log_every": 1,
+    "threads": 0,
+    "recommender.beams": 1,
+}
 _LEAST |= {f"{stage}.epochs": 0 for stage in STAGES} | {f"{stage}.batch_size": 1 for stage in STAGES}
 _LEAST |= {"finetune.last_targets": 1, "align.last_targets": 1, "align.beams": 1, "align.negatives": 1}

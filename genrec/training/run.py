@@ -35,11 +35,7 @@ def train(config: TrainConfig) -> UGT:
     chosen = _chosen_before(config)
     with locked(config.out):
         model = build_model(config)
-        validator = None
-        if config.refit is None:
-            validator = Validator(
-                sequences, config.recommender, config.valid_users, config.seed, config.finetune.liked_from
-            )
+        validator = None if config.refit else _validator(sequences, config, config.valid_users)
         _prepare_directory(config)  # last of all that can fail early, so that a mistyped path costs nobody a run
         held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
         events, _ = leave_out(sequences, held_out)
@@ -47,7 +43,7 @@ def train(config: TrainConfig) -> UGT:
             stages = {
                 name: _finish_stage(name, model, events, config, chosen, log, validator) for name in config.stages
             }
-        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, config, chosen, validator))
+        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, config, chosen))
         data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
         save_model(config.out, model, recommender, data=data, stages=stages)
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
@@ -112,11 +108,14 @@ def _plan(stage: Stage, chosen: Chosen) -> Plan:
     return Plan(chosen["stages"][stage.name]["steps"], chosen["stages"][stage.name]["best_step"])
 
 
-def _alpha(model: UGT, config: TrainConfig, chosen: Chosen, validator: Validator | None) -> float:
-    if validator is not None:
-        return validator.best_alpha(model, config.alphas)
-    assert chosen is not None  # the only run without a validator
-    return float(chosen["recommender"]["alpha"])
+def _alpha(model: UGT, sequences: EventSequences, config: TrainConfig, chosen: Chosen) -> float:
+    if chosen is not None:
+        return float(chosen["recommender"]["alpha"])
+    return _validator(sequences, config, config.alpha_users).best_alpha(model, config.alphas)
+
+
+def _validator(sequences: EventSequences, config: TrainConfig, users: int) -> Validator:
+    return Validator(sequences, config.recommender, users, config.seed, config.finetune.liked_from)
 
 
 def _prepare_directory(config: TrainConfig) -> None:

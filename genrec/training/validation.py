@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from genrec.data.sequences import leave_out, take_users
@@ -35,13 +33,15 @@ class Validator:
         liked = liked_events(sequences, liked_from)[sequences.cu_events[1:][chosen] - 2]
         self.liked = liked if liked.any() else np.ones_like(liked)
 
-    def __call__(self, model: UGT, alpha: float | None = None) -> dict[str, float]:
+    def __call__(self, model: UGT) -> dict[str, float]:
         """{"recall@5": …, "ndcg@10": …, "liked_ndcg@10": …} of the model, which is left in evaluation mode."""
-        config = self.config if alpha is None else dataclasses.replace(self.config, alpha=alpha)
-        ranked = Recommender(model, config).rank(self.histories, 10)
+        ranked = Recommender(model, self.config).rank(self.histories, 10)
         liked = rank_metrics(ranked[self.liked], self.targets[self.liked], ks=(5, 10))
         return rank_metrics(ranked, self.targets, ks=(5, 10)) | {f"liked_{key}": value for key, value in liked.items()}
 
     def best_alpha(self, model: UGT, alphas: tuple[float, ...]) -> float:
         """The weight of the item head that ranks best; the lowest where several do."""
-        return max(sorted(alphas), key=lambda alpha: self(model, alpha)[SELECT_BY])
+        alphas = tuple(sorted(alphas))
+        results = Recommender(model, self.config).rank_by_alpha(self.histories, 10, alphas)
+        quality = [rank_metrics(ranked, self.targets, ks=(10,))[SELECT_BY] for ranked, _ in results]
+        return alphas[int(np.argmax(quality))]

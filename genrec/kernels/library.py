@@ -74,7 +74,10 @@ def load_native() -> str | None:
     """Load the compiled kernels; returns why not, None when they are loaded. Never raises."""
     path = native_library()
     if path is None:
-        return "the compiled kernels were not built; run pip install --no-build-isolation -e . with a C++ compiler"
+        return (
+            "the compiled kernels were not built; with a C++ compiler and setuptools>=77, "
+            "run pip install --no-build-isolation -e ."
+        )
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

@@ -75,8 +75,8 @@ def load_native() -> str | None:
     path = native_library()
     if path is None:
         return (
-            "the compiled kernels were not built; with a C++ compiler and setuptools>=77, "
-            "run pip install --no-build-isolation -e ."
+            "the compiled kernels were not built; run pip install --no-build-isolation -e . with a C++ compiler and "
+            "setuptools>=77"
         )
     try:
         torch.ops.load_library(path)

@@ -192,9 +192,23 @@ def _read_item_object(path: Path) -> _Parts:
     return ["item_id", *columns], _as_table(records), "FROM input"
 
 
+class _RepeatedKeyError(Exception):
+    """json would keep the last value of a repeated key and forget the others."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return record
+
+
 def _load_object(path: Path, shape: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        raise ValueError(f"{path} has the key {error.args[0]!r} twice; expected one object {shape}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; convert the file first") from None
     except RecursionError:

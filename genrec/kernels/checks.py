@@ -17,6 +17,8 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 def check_dims(name: str, tensor: Tensor, layout: str) -> None:
     """`layout` names the dimensions, as in "(B, H, Lq, D)"."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor {layout}")
     dims = layout.count(",") + (not layout.endswith(",)"))
     if tensor.dim() != dims:
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {dims} dimensions {layout}")
@@ -25,6 +27,12 @@ def check_dims(name: str, tensor: Tensor, layout: str) -> None:
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> None:
     if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {layout} = {tuple(expected)}")
+
+
+def check_int(name: str, value: int) -> None:
+    """Sizes are int, or symbolic while a graph is traced."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected an int")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -44,6 +52,8 @@ def check_same_dtype(**tensors: Tensor) -> None:
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor of torch.int32 or torch.int64")
     if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name} is {tensor.dtype}; expected torch.int32 or torch.int64")
 

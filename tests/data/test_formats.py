@@ -188,6 +188,7 @@ def test_json_lines_refusals(build, content, message):
         ('{"u":[1,\n2', "line 2 is not JSON"),
         ("[1]", "holds no JSON object; expected user → [item, …]"),
         ("{}", "holds no JSON object"),
+        ('{"u":[1],"v":[2],"u":[3]}', "has the key 'u' twice"),
         (b"\xff", "is not UTF-8"),
         ('{"u":["\\ud800"]}', "X.inter.json holds half of a surrogate pair"),
         ('{"u":' + "[" * 100_000, "X.inter.json is nested too deeply"),

@@ -215,6 +215,8 @@ WT, IX = torch.zeros(5, 2), torch.zeros(5, 2).int()
         (lambda: moe_route(X.int()), TypeError, r"logits is torch.int32"),
         (lambda: moe_route(X, 5), ValueError, r"top_k is 5; expected 1 … 4"),
         (lambda: moe_route(X, 0), ValueError, r"top_k is 0; expected 1 … 4"),
+        (lambda: moe_route(X, 2.0), TypeError, r"top_k is 2\.0; expected an int"),
+        (lambda: moe_route([[1.0]], 1), TypeError, r"logits is a list; expected a tensor"),
         (lambda: moe_route(X, bias=torch.zeros(3)), ValueError, r"bias has shape \(3,\)"),
         (lambda: moe_experts(X[:, 1:], WT, IX, GU, DN), ValueError, r"w_gate_up has shape \(3, 6, 4\)"),
         (lambda: moe_experts(X, WT, IX, GU[:, 1:], DN), ValueError, r"w_gate_up has 5 rows per expert"),

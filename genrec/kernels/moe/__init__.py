@@ -10,6 +10,7 @@ from genrec.kernels.checks import (
     check_device,
     check_dims,
     check_floating,
+    check_int,
     check_integer,
     check_range,
     check_same_dtype,
@@ -42,6 +43,7 @@ def moe_route(
     """
     check_dims("logits", logits, "(T, E)")
     check_floating(logits=logits)
+    check_int("top_k", top_k)
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k is {top_k}; expected 1 … {logits.shape[1]}, the number of experts")
     if bias is not None:

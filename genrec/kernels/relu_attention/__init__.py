@@ -11,6 +11,7 @@ from genrec.kernels.checks import (
     check_device,
     check_dims,
     check_floating,
+    check_int,
     check_integer,
     check_same_dtype,
     check_shape,
@@ -142,6 +143,7 @@ def _check_options(
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int, bound_name: str, bound: int) -> None:
     check_integer(name, offsets)
+    check_int(bound_name, bound)
     if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{name} has shape {tuple(offsets.shape)}; expected (B + 1,) offsets")
     if not has_values(offsets):

@@ -1,6 +1,7 @@
 """How the operators reach their kernels: registration, loading, building, and compiling all of them together."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,10 @@ def test_all_operators_in_one_inductor_graph():
         return [torch.randn(shape, generator=g).to(DEVICE) for shape in shapes]
 
     assert_compiles(layer, call(6), call(9), backend="inductor")
+
+
+def test_plain_pytorch_says_so_once(tmp_path):
+    shutil.copytree(ROOT / "genrec", tmp_path / "genrec", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import genrec.kernels, genrec.kernels.moe, genrec.models.ugt"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stderr.count("genrec runs in plain PyTorch on the CPU, because the compiled kernels were not built") == 1

@@ -23,7 +23,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*
 
 install: $(VENV)/.installed  ## .venv with torch, the compiled kernels, genrec and the development tools
 
-demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about five minutes
+demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about four minutes
 	BIN=$(BIN) RUN=$(RUN) sh examples/movielens.sh
 
 test: install  ## every test, with coverage

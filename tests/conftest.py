@@ -4,6 +4,10 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("genrec", deadline=None)  # speed is measured in bench/, never here
+settings.load_profile("genrec")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -36,7 +36,7 @@ def test_formula():
     torch.testing.assert_close(y, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 6), min_size=0, max_size=3), st.integers(1, 20), st.integers(1, 5),
     st.sampled_from([torch.int32, torch.int64]), st.booleans(),

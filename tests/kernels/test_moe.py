@@ -26,7 +26,7 @@ def numpy_route(logits, k, bias):
     return np.take_along_axis(p, order, 1), order
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 12), st.integers(1, 9), st.data())
 def test_route_against_numpy(t, e, data):
     k, biased = data.draw(st.integers(1, e)), data.draw(st.booleans())
@@ -67,7 +67,7 @@ def test_route_is_float32(dtype):
         )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 12), st.integers(1, 7), st.integers(1, 6), st.integers(1, 5), st.integers(0, 3), st.booleans())
 def test_experts_against_the_definition(t, d, f, e, k, scattered):
     g = torch.Generator().manual_seed(1)

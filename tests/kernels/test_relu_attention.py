@@ -89,7 +89,7 @@ def test_dense_gradients(mask, normalizer):
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     LENGTHS, st.integers(0, 4), st.sampled_from(["none", "causal", "limit"]), st.integers(1, 12), st.booleans(),
     st.sampled_from(["length", "visible", 2.5, "tensor"]), st.sampled_from([torch.int32, torch.int64]), st.booleans(),

@@ -34,7 +34,7 @@ def assert_nearest(x, codebooks, codes, quantized):
     assert torch.equal(quantized, total)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 40), st.integers(1, 33), st.lists(st.integers(1, 70), min_size=1, max_size=4), st.booleans(),
     st.sampled_from([torch.float32, torch.float64]),
@@ -52,7 +52,7 @@ def test_large():
     assert_nearest(x, codebooks, *rq_nearest(x, codebooks))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 90))
 def test_ties_go_to_the_lowest_index(n, d, k):
     rng = np.random.default_rng(n * 100 + d)

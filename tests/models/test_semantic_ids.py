@@ -41,7 +41,7 @@ def in_range(codes, codebooks):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_ids_are_unique_and_in_range_even_when_every_id_is_taken(problem):
     latents, codebooks = problem
     resolution = resolve_collisions(latents, codebooks)
@@ -52,7 +52,7 @@ def test_ids_are_unique_and_in_range_even_when_every_id_is_taken(problem):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_unique_already_stays(problem):
     latents, codebooks = problem
     codes = nearest(latents, codebooks)
@@ -65,7 +65,7 @@ def test_what_is_unique_already_stays(problem):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_prefix_is_left_only_when_it_is_full(problem):
     latents, codebooks = problem
     codes = nearest(latents, codebooks)
@@ -79,7 +79,7 @@ def test_a_prefix_is_left_only_when_it_is_full(problem):
 
 
 @given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_colliding_items_are_matched_at_least_cost(seed, items, codes):
     """All items collide under one prefix: no way to give out the codes, or to choose who gets one, is cheaper."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def test_colliding_items_are_matched_at_least_cost(seed, items, codes):
 
 
 @given(problems(fill=0.6), st.integers(0, 2**16))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_new_items_never_change_old_ones(problem, seed):
     latents, codebooks = problem
     old = resolve_collisions(latents, codebooks).codes
@@ -117,7 +117,7 @@ def test_new_items_never_change_old_ones(problem, seed):
 
 
 @given(problems(fill=0.7), st.integers(0, 2**16))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_new_item_gets_the_nearest_free_code(problem, seed):
     """One new item against a search over every prefix in the order that the documentation promises."""
     latents, codebooks = problem

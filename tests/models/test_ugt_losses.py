@@ -36,7 +36,7 @@ def exact(x, weight, bias, targets):
     return F.cross_entropy(F.linear(x, weight, bias), targets)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES)
 def test_equals_cross_entropy_in_float32(shape):
     rows, width, vocabulary, chunk = shape
@@ -50,7 +50,7 @@ def test_equals_cross_entropy_in_float32(shape):
         assert got.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES)
 def test_bfloat16_is_as_near_the_truth_as_pytorch(shape):
     """The error against float64 is at most twice (value) or five times (gradients) that of PyTorch under autocast."""

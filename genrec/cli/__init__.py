@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from types import ModuleType
 from typing import Any
 
@@ -68,11 +69,19 @@ def _run(command: str, argv: list[str]) -> int:
 
 def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
     """The module's Config from --config files and --key values, in the order given; unknown keys are refused."""
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the lines of the module's docstring, where the examples are."""
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help
     parser = ArgumentParser(
-        prog=f"genrec {command}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=f"genrec {command}",
+        usage=f"genrec {command} [--config FILE] [--key value ...]",
+        description=module.__doc__,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these keys; later arguments win")
     parser.add_class_arguments(module.Config)

@@ -1,5 +1,7 @@
 """Measure a trained model on every user's last event, beside popularity and an item-transition counter.
 
+genrec evaluate --model runs/demo/model
+
 All items are ranked, items of the user's history are left out. Prints Recall and NDCG at 5, 10 and 20, writes them to
 metrics.json, and draws the whole run on one page, report.html.
 """

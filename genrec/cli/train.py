@@ -1,5 +1,8 @@
 """Train a UGT on event sequences and semantic ids: pretrain, finetune, align.
 
+genrec train --config configs/movielens/train.yaml
+genrec train --config configs/movielens/train.yaml --out runs/wide --model configs/ugt/small.yaml --pretrain.epochs 4
+
 Writes model.safetensors, model.json, metrics.jsonl and tensorboard/ into --out. A killed run goes on with --resume true
 and gives the same losses as one that was never stopped.
 """

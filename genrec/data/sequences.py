@@ -93,8 +93,8 @@ def take_users(sequences: EventSequences, users: NDArray[np.int64] | Sequence[in
     rows = np.asarray(users, dtype=np.int64)
     if rows.size and (rows.min() < 0 or rows.max() >= len(sequences)):
         raise IndexError(f"users are {rows.min()} … {rows.max()}; expected rows in 0 … {len(sequences) - 1}")
-    tokens, cu_tokens = _ranges(sequences.cu_tokens, rows)
-    events, cu_events = _ranges(sequences.cu_events, rows)
+    tokens, cu_tokens = _elements(sequences.cu_tokens, rows)
+    events, cu_events = _elements(sequences.cu_events, rows)
     return EventSequences(
         user_ids=sequences.user_ids[rows],
         cu_tokens=cu_tokens,
@@ -118,6 +118,12 @@ def filter_token_types(sequences: EventSequences, types: Iterable[TokenType]) ->
         type_ids=sequences.type_ids[keep],
         positions=sequences.positions[keep],
     )
+
+
+def ragged_ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """begins[0] … begins[0] + lengths[0] - 1, begins[1] … laid end to end, and the offsets of each stretch."""
+    cu_lengths = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(cu_lengths[-1]) + np.repeat(begins - cu_lengths[:-1], lengths), cu_lengths
 
 
 def _keep_events(sequences: EventSequences, keep: NDArray[np.bool_]) -> EventSequences:
@@ -151,12 +157,9 @@ def _count_before(keep: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
 
 
-def _ranges(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _elements(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of the elements of these rows one after the other, and the offsets of the result."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    new_offsets = np.concatenate([[0], np.cumsum(lengths)])
-    shift = np.repeat(offsets[rows] - new_offsets[:-1], lengths)
-    return np.arange(new_offsets[-1]) + shift, new_offsets
+    return ragged_ranges(offsets[rows], offsets[rows + 1] - offsets[rows])
 
 
 def _part_files(directory: Path) -> list[Path]:

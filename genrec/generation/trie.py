@@ -24,9 +24,8 @@ class Trie:
         rows = codes[order]
         self.levels = rows.shape[1]
         self.items = torch.from_numpy(order + 1).to(device)  # (N,) leaf → item index
-        self.first_child: list[
-            Tensor
-        ] = []  # per level, (nodes + 1,): children of node i are first_child[i] … [i + 1] - 1
+        # per level, (nodes + 1,): the children of node i are first_child[i] … first_child[i + 1] - 1
+        self.first_child: list[Tensor] = []
         self.code: list[Tensor] = []  # per level, (nodes of the level below,): the code that leads to that child
         self.max_children: list[int] = []
         parents = np.zeros(1, np.int64)  # the row at which every node of the level above begins; the root begins at 0

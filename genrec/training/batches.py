@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from genrec.data.sequences import filter_token_types
+from genrec.data.sequences import filter_token_types, ragged_ranges
 from genrec.interfaces import EventSequences, TokenType
 from genrec.models.ugt import TargetBatch, TokenBatch, UGTConfig
 
@@ -78,11 +78,11 @@ class TrainingSet:
         """wanted (E,): which events may be targets; out-of-vocabulary events never are."""
         self.sequences = filter_token_types(sequences, config.types)
         self.wanted = wanted & (sequences.item_ids > 0)
-        self._targets_before = np.concatenate([[0], np.cumsum(self.wanted)])
+        targets_before = np.concatenate([[0], np.cumsum(self.wanted)])
         self._event_tokens = np.append(
             np.flatnonzero(self.sequences.type_ids == TokenType.ITEM), len(self.sequences.token_ids)
         )  # the first token of every event
-        has_target = self._targets_before[windows.end] > self._targets_before[windows.first_target]
+        has_target = targets_before[windows.end] > targets_before[windows.first_target]
         self.windows = windows.take(np.flatnonzero(has_target))
 
     def __len__(self) -> int:
@@ -139,9 +139,3 @@ class EpochOrder:
         by_length = np.argsort(lengths + 2 * rng.random(len(lengths)), kind="stable")
         batches = np.split(by_length, range(self.batch_size, len(by_length), self.batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def ragged_ranges(begins: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
-    """begins[0] … begins[0] + lengths[0] - 1, begins[1] … laid end to end, and the offsets of each stretch."""
-    cu_lengths = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(cu_lengths[-1]) + np.repeat(begins - cu_lengths[:-1], lengths), cu_lengths

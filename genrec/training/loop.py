@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from genrec.data.files import atomic_file
@@ -69,7 +70,8 @@ def run_stage(
             progress.step += 1
             bar.update()
             if progress.step % config.log_every == 0 or progress.step == plan.stop:
-                log.write(stage.name, progress.step, **values, expert_load=model.router_load())
+                read = {name: float(value) for name, value in values.items()}  # from the device only when it is logged
+                log.write(stage.name, progress.step, **read, expert_load=model.router_load())
             if progress.step % validate_every == 0 or progress.step == plan.stop:
                 validate()
             if progress.step % config.checkpoint_every == 0 and progress.step < plan.stop:
@@ -79,19 +81,20 @@ def run_stage(
     return progress
 
 
-def _train_step(stage: Stage, model: UGT, engine: TorchEngine, step: int, total: int, seed: int) -> dict[str, float]:
+def _train_step(
+    stage: Stage, model: UGT, engine: TorchEngine, step: int, total: int, seed: int
+) -> dict[str, Tensor | float]:
     torch.manual_seed(step_seed(seed, stage.name, step))
     lr = learning_rate(stage.optimizer, step, total)
     model.train()
     with engine.autocast():
         loss, values = stage.loss(model, step)
-    if not math.isfinite(loss.item()):
-        raise ValueError(
-            f"the loss of {stage.name} is {loss.item()} at step {step}; try a lower {stage.name}.optimizer.lr"
-        )
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(f"the loss of {stage.name} is {value} at step {step}; try a lower {stage.name}.optimizer.lr")
     norm = engine.step(loss, lr)
     model.balance_router()
-    return {**{name: float(value) for name, value in values.items()}, "lr": lr, "gradient_norm": norm}
+    return {**values, "lr": lr, "gradient_norm": norm}
 
 
 def _restore(directory: Path, model: UGT, engine: TorchEngine) -> Progress:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genrec.data.sequences import ragged_ranges
 from genrec.interfaces import TokenType
 from genrec.training.batches import (
     EpochOrder,
@@ -15,7 +16,6 @@ from genrec.training.batches import (
     all_positions,
     last_positions,
     liked_events,
-    ragged_ranges,
 )
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=8)

@@ -29,7 +29,7 @@ class TorchEngine:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def step(self, loss: Tensor, lr: float) -> float:
+    def step(self, loss: Tensor, lr: float) -> Tensor:
         """One optimizer step; returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -37,7 +37,7 @@ class TorchEngine:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
-        return float(norm)
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's state as flat named tensors, fit for safetensors."""
@@ -48,7 +48,8 @@ class TorchEngine:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        by_name = {name: parameter for parameter in self.model.parameters() for name in [self._names[id(parameter)]]}
+        """Put back what `state` returned."""
+        by_name = dict(self.model.named_parameters())
         self.optimizer.state.clear()
         for full_name, value in tensors.items():
             name, key = full_name.rsplit("/", 1)

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genrec.data.sequences import ragged_ranges
 from genrec.generation.beam_search import beam_search
 from genrec.generation.trie import Trie
 from genrec.interfaces import EventSequences, SemanticIds
 from genrec.models.ugt import UGT, TargetBatch, TokenBatch
-from genrec.training.batches import EpochOrder, TrainingSet, Windows, last_positions, liked_events, ragged_ranges
+from genrec.training.batches import EpochOrder, TrainingSet, Windows, last_positions, liked_events
 from genrec.training.config import AlignConfig
 from genrec.training.objectives import anchored_loss, preference_loss
 from genrec.training.validation import SELECT_BY_LIKED

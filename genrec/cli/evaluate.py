@@ -46,6 +46,7 @@ class Config:
 
 
 def run(config: Config) -> None:
+    """Print the table; write metrics.json and report.html."""
     model, recommender = load_model(config.model)
     record = read_model_json(config.model)
     if "data" not in record or "stages" not in record:

@@ -40,6 +40,7 @@ class Config:
 
 
 def run(config: Config) -> None:
+    """Print the history and what comes next."""
     if (config.user is None) == (config.history is None):
         raise ValueError("expected either --user or --history, and not both")
     if config.top_k < 1:

@@ -14,6 +14,7 @@ from genrec.training.run import train
 
 
 def run(config: Config) -> None:
+    """Run the training and say where it went."""
     model = train(config)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"trained {parameters:,} parameters → {config.out}")

@@ -56,6 +56,7 @@ def load_catalogue_of(model: UGT, features: Path) -> Catalogue:
 
 
 def read_model_json(directory: Path) -> dict[str, Any]:
+    """model.json of a trained model; FileNotFoundError or ValueError where there is none that can be read."""
     path = directory / "model.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected the directory of a finished genrec train run")

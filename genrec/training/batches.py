@@ -30,6 +30,7 @@ class Windows:
         return len(self.begin)
 
     def take(self, index: IntArray) -> Windows:
+        """The windows at these positions."""
         return Windows(self.begin[index], self.first_target[index], self.end[index])
 
 

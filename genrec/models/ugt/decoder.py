@@ -28,6 +28,8 @@ class Memory:
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention over the codes so far, cross-attention on the history, mixture of experts; norms per level."""
+
     def __init__(self, config: UGTConfig, levels: int) -> None:
         super().__init__()
         self.self_norm = GroupLayerNorm(config.d_model, levels)
@@ -56,6 +58,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Rows of codes → hidden states, of all levels at once or of one level of every beam."""
+
     def __init__(self, config: UGTConfig, levels: int) -> None:
         super().__init__()
         self.levels = levels

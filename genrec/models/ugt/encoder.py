@@ -11,6 +11,8 @@ from genrec.models.ugt.layers import FeedForward, GroupLayerNorm, ReluAttention,
 
 
 class EncoderLayer(nn.Module):
+    """Two sublayers, each normalised before it and added to the residual stream by the norm after it."""
+
     def __init__(self, config: UGTConfig) -> None:
         super().__init__()
         self.attention_norm = GroupLayerNorm(config.d_model, len(TokenType))
@@ -20,6 +22,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, update: Tensor, residual: Tensor | None, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+        """update (T, D), not yet added to residual (T, D) or None → the same pair one layer on."""
         hidden, residual = self.attention_norm(update, tokens.type_ids, residual)
         update = self.dropout(self.attention.history(hidden, tokens.cu_seqlens, tokens.max_seqlen))
         hidden, residual = self.ffn_norm(update, tokens.type_ids, residual)
@@ -35,6 +38,7 @@ class Encoder(nn.Module):
         self.norm = GroupLayerNorm(config.d_model, len(TokenType))
 
     def forward(self, x: Tensor, tokens: TokenBatch) -> Tensor:
+        """x (T, D), the embedded tokens → (T, D), normalised."""
         update, residual = x, None
         for layer in self.layers:
             update, residual = layer(update, residual, tokens)

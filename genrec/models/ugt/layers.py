@@ -94,6 +94,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (T, D) → (T, D)."""
         return self.down(self.dropout(F.gelu(self.up(x))))
 
 

@@ -57,6 +57,7 @@ class UGT(nn.Module):
 
     @property
     def levels(self) -> int:
+        """Codes per item."""
         return len(self.code_embeddings)
 
     def item_vectors(self) -> Tensor:
@@ -91,6 +92,7 @@ class UGT(nn.Module):
         return linear_cross_entropy(users, item_vectors, self.item_bias, items)
 
     def memory(self, encoded: Tensor, tokens: TokenBatch) -> Memory:
+        """What the decoder reads of encoded (T, D), once per request."""
         return self.decoder.memory(encoded, tokens.cu_seqlens, tokens.max_seqlen)
 
     def decoder_start(self, users: Tensor, next_positions: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class TorchEngine:
         self._names = {id(p): name for name, p in model.named_parameters()}
 
     def autocast(self) -> AbstractContextManager:
+        """The context for a stage's loss: bfloat16 where the engine was told or found that it pays."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def step(self, loss: Tensor, lr: float) -> Tensor:

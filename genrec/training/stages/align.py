@@ -25,6 +25,8 @@ from genrec.training.validation import SELECT_BY_LIKED
 
 
 class Align:
+    """See genrec.training.stages.Stage; `model` is both the start and, frozen in a copy, the reference."""
+
     name = "align"
     select_by = SELECT_BY_LIKED
 

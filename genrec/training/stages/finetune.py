@@ -13,6 +13,8 @@ from genrec.training.validation import SELECT_BY_LIKED
 
 
 class Finetune:
+    """See genrec.training.stages.Stage."""
+
     name = "finetune"
     select_by = SELECT_BY_LIKED
 

@@ -14,6 +14,8 @@ from genrec.training.validation import SELECT_BY
 
 
 class Pretrain:
+    """See genrec.training.stages.Stage."""
+
     name = "pretrain"
     select_by = SELECT_BY
 

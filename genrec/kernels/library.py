@@ -7,6 +7,7 @@ device key, which the dispatcher prefers, so nothing in Python ever chooses.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("genrec", "DEF")
 OPERATORS: list[str] = []  # every public operator, in the order of definition
+PLAIN: dict[str, Callable[..., Any]] = {}  # the plain PyTorch form of every operator, which runs on any device
+TRITON: dict[str, Callable[..., Any]] = {}  # the Triton form of those that have one
 
 
 def define(
@@ -36,6 +39,7 @@ def define(
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    PLAIN[name] = impl
     torch.library.register_fake(f"genrec::{name}", fake, lib=LIBRARY)
     _register_autocast(name, autocast)
     if backward is not None:
@@ -54,6 +58,17 @@ def _register_autocast(name: str, cast: Callable[..., tuple[Any, ...]] | None) -
                 return operator(*(cast(torch.get_autocast_dtype(device), *args) if cast else args))
 
         LIBRARY.impl(name, kernel, f"Autocast{device.upper()}")
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Let `kernel`, which launches Triton, be the operator's form on CUDA; float64 stays in plain PyTorch."""
+
+    def run(*args: Any) -> Any:
+        wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        return (PLAIN[name] if wide else kernel)(*args)
+
+    LIBRARY.impl(name, run, "CUDA")
+    TRITON[name] = run
 
 
 def lower(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,6 +98,12 @@ def load_native() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{path} does not load into torch {torch.__version__} ({error}); build it again"
     return None
+
+
+def load_triton() -> None:
+    """Register the Triton kernels; torch's CUDA builds bring triton along."""
+    for operator in ("relu_attention", "group_layer_norm", "moe", "rq_nearest"):
+        importlib.import_module(f"genrec.kernels.{operator}.triton")
 
 
 def native_isa() -> str | None:

@@ -1,14 +1,14 @@
-"""How the Triton kernels are launched: configurations come from a small table beside the kernels, never from a search at
-run time, and every launch goes through `launch`, so that compilation without a GPU sees exactly what runs with one.
+"""How the Triton kernels are launched: configurations come from a small table beside the kernels, never from a search
+at run time, and every launch goes through `launch`, so that compilation without a GPU sees exactly what runs with one.
 
-`launch.csv` of an operator has one row per kernel, architecture and shape class. Lower-case columns are what a launch is
-looked up by, the others are what it gets: constants of the kernel (upper case), num_warps and num_stages.
+`launch.csv` of an operator has one row per kernel, architecture and shape class. Lower-case columns are what a launch
+is looked up by, the others are what it gets: constants of the kernel (upper case), num_warps and num_stages.
 
     kernel,arch,dtype,dim,BLOCK_M,BLOCK_N,num_warps,num_stages
     forward,80,fp16,64,128,64,4,3
 
-A row serves its architecture and later ones up to the next row, every dtype if it says `*`, and sizes up to its own; sizes
-beyond the last row take the last.
+A row serves its architecture and later ones up to the next row, every dtype if it says `*`, and sizes up to its own;
+sizes beyond the last row take the last.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ class Table:
 
     def config(self, kernel: str, tensor: Tensor, **sizes: int) -> dict[str, int]:
         """The launch of `kernel` for the tensor's device and dtype and the sizes that the table asks for."""
-        key = (kernel, architecture(tensor.device), DTYPES[tensor.dtype], *sizes.items())
+        arch, dtype = architecture(tensor.device), DTYPES[tensor.dtype]
+        key = (kernel, arch, dtype, *sizes.values())
         if key not in self._found:
-            self._found[key] = launch_of(self.row(kernel, key[1], key[2], sizes))
+            self._found[key] = launch_of(self.row(kernel, arch, dtype, sizes))
         return self._found[key]
 
     def row(self, kernel: str, arch: int, dtype: str, sizes: dict[str, int]) -> dict[str, str]:

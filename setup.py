@@ -20,7 +20,10 @@ FLAGS = [
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=" + TORCH_TARGET,
 ]
-INSTRUCTION_SETS = {"_avx2": ["-mavx2", "-mfma"], "_avx512": ["-mavx512f", "-mprefer-vector-width=512"]}
+INSTRUCTION_SETS = {
+    "_avx2": ["-mavx2", "-mfma"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
+}
 
 
 def flags_for(source: str) -> list[str]:

@@ -1,5 +1,5 @@
 // genrec::rq_nearest on the CPU: every row block goes through all levels while its residuals are in cache.
-#include "rq_nearest.h"
+#include "unit.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,10 +8,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -19,22 +17,10 @@ namespace {
 
 using genrec::IndexOf;
 using genrec::Nearest;
-using genrec::NearestUnit;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kRowBlock = 384;  // a multiple of every tile
-
-// The widest unit that this CPU has and that the environment variable GENREC_CPU_ISA, if set, does not forbid.
-const NearestUnit& choose_unit() {
-#if defined(__x86_64__)
-  const char* isa = std::getenv("GENREC_CPU_ISA");
-  const std::string limit = isa ? isa : "avx512";
-  if (limit == "avx512" && __builtin_cpu_supports("avx512f")) return genrec::nearest_avx512;
-  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return genrec::nearest_avx2;
-#endif
-  return genrec::nearest_portable;
-}
 
 template <typename T>
 struct Codebook {
@@ -116,14 +102,12 @@ std::tuple<Tensor, Tensor> run(const Nearest<T>& nearest, const Tensor& x, const
 
 std::tuple<Tensor, Tensor> rq_nearest(const Tensor& x, std::vector<Tensor> codebooks) {
   STD_TORCH_CHECK(x.dim() == 2 && !codebooks.empty(), "rq_nearest: x must be (N, D) and codebooks not empty");
-  const NearestUnit& unit = choose_unit();
+  const genrec::RqNearest& unit = genrec::unit().rq_nearest;
   if (x.scalar_type() == ScalarType::Double || codebooks[0].scalar_type() == ScalarType::Double)
     return run(unit.f64, x, codebooks, ScalarType::Double);
   return run(unit.f32, x, codebooks, ScalarType::Float);
 }
 
 }  // namespace
-
-extern "C" __attribute__((visibility("default"))) const char* genrec_cpu_isa() { return choose_unit().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) { m.impl("rq_nearest", TORCH_BOX(&rq_nearest)); }

@@ -1,4 +1,4 @@
-// Nearest-code search: what the instruction-set units (rq_nearest_*.cpp) offer and what rq_nearest.cpp calls.
+// Nearest-code search: what a unit offers and rq_nearest.cpp calls.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +21,9 @@ struct Nearest {
                  typename IndexOf<T>::type* index, int64_t* codes, int64_t stride);
 };
 
-struct NearestUnit {
-  const char* name;
+struct RqNearest {
   Nearest<float> f32;
   Nearest<double> f64;
 };
-
-extern const NearestUnit nearest_portable;
-#if defined(__x86_64__)
-extern const NearestUnit nearest_avx2;
-extern const NearestUnit nearest_avx512;
-#endif
 
 }  // namespace genrec

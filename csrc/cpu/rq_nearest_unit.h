@@ -1,50 +1,27 @@
 // A register tile of a matrix product whose epilogue keeps a running argmin instead of storing the distances.
-//
-// Included once per instruction-set unit, with UNIT, UNIT_NAME, VECTOR_BYTES and TILE_ROWS defined. Everything here has internal
-// linkage and nothing comes from the standard library: a shared template compiled for AVX-512 could be the copy that the
-// linker keeps for the whole program. Compilers emulate vectors wider than the unit's registers very slowly, hence one unit
-// per width. Products are accumulated feature by feature in one order, so equal codes get equal distances wherever they lie.
+// Products are accumulated feature by feature in one order, so equal codes get equal distances wherever they lie.
+#pragma once
+
 #include "rq_nearest.h"
+#include "simd.h"
 
 namespace genrec {
 namespace {
 
-template <typename T> struct Lanes;
-template <> struct Lanes<float> {
-  typedef float value __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t index __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <> struct Lanes<double> {
-  typedef double value __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int64_t index __attribute__((vector_size(VECTOR_BYTES)));
-};
-
 constexpr int64_t kVectors = 2;     // vectors of codes per panel
 constexpr int64_t kPanelBlock = 8;  // panels that stay in the L2 cache while all rows pass over them
-
-template <typename V, typename T>
-inline V load(const T* address) {
-  V vector;
-  __builtin_memcpy(&vector, address, sizeof(V));
-  return vector;
-}
-
-template <typename V, typename T>
-inline void store(T* address, const V& vector) {
-  __builtin_memcpy(address, &vector, sizeof(V));
-}
 
 template <typename T>
 inline void tile(const T* rows, int64_t dim, const T* panel, const T* squares, int64_t first, T* best,
                  typename IndexOf<T>::type* index) {
-  using Value = typename Lanes<T>::value;
-  using Index = typename Lanes<T>::index;
-  constexpr int64_t width = VECTOR_BYTES / sizeof(T), lanes = kVectors * width;
+  using Value = Vec<T>;
+  using Index = Ints<T>;
+  constexpr int64_t width = kWidth<T>, lanes = kVectors * width;
 
   Value dot[TILE_ROWS][kVectors] = {};
   for (int64_t d = 0; d < dim; d++) {
     Value code[kVectors];
-    for (int64_t h = 0; h < kVectors; h++) code[h] = load<Value>(panel + d * lanes + h * width);
+    for (int64_t h = 0; h < kVectors; h++) code[h] = load(panel + d * lanes + h * width);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < TILE_ROWS; r++) {
       const T feature = rows[r * dim + d];
@@ -54,16 +31,16 @@ inline void tile(const T* rows, int64_t dim, const T* panel, const T* squares, i
   }
 #pragma GCC unroll 2
   for (int64_t h = 0; h < kVectors; h++) {
-    const Value square = load<Value>(squares + h * width);
+    const Value square = load(squares + h * width);
     Index candidate;
     for (int64_t j = 0; j < width; j++) candidate[j] = first + h * width + j;
 #pragma GCC unroll 16
     for (int64_t r = 0; r < TILE_ROWS; r++) {
       const int64_t at = r * lanes + h * width;
-      const Value distance = square - T(2) * dot[r][h], old = load<Value>(best + at);
-      const Index old_index = load<Index>(index + at), closer = distance < old;
+      const Value distance = square - T(2) * dot[r][h], old = load(best + at);
+      const Index old_index = load_bits<Index>(index + at), closer = distance < old;
       store(best + at, closer ? distance : old);
-      store(index + at, closer ? candidate : old_index);
+      store_bits(index + at, closer ? candidate : old_index);
     }
   }
 }
@@ -71,7 +48,7 @@ inline void tile(const T* rows, int64_t dim, const T* panel, const T* squares, i
 template <typename T>
 void search(const T* rows, int64_t count, int64_t dim, const T* packed, const T* squares, int64_t panels, T* best,
             typename IndexOf<T>::type* index, int64_t* codes, int64_t stride) {
-  constexpr int64_t lanes = kVectors * VECTOR_BYTES / sizeof(T);
+  constexpr int64_t lanes = kVectors * kWidth<T>;
   const int64_t padded = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   for (int64_t i = 0; i < padded * lanes; i++) {
     best[i] = T(__builtin_inf());
@@ -97,11 +74,10 @@ void search(const T* rows, int64_t count, int64_t dim, const T* packed, const T*
 
 template <typename T>
 constexpr Nearest<T> nearest() {
-  return {kVectors * VECTOR_BYTES / int64_t(sizeof(T)), TILE_ROWS, search<T>};
+  return {kVectors * kWidth<T>, TILE_ROWS, search<T>};
 }
 
+constexpr RqNearest rq_nearest_unit() { return {nearest<float>(), nearest<double>()}; }
+
 }  // namespace
-
-const NearestUnit UNIT = {UNIT_NAME, nearest<float>(), nearest<double>()};
-
 }  // namespace genrec

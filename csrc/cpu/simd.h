@@ -1,0 +1,112 @@
+// Vectors of a unit's width over the compiler's own vector types: loads and stores that convert from and to the storage
+// type, and the few functions that the operators +, *, < … do not already give.
+#pragma once
+
+#include <cstdint>
+
+namespace genrec {
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// What a storage type is computed in: float for bfloat16 and float, double for double.
+template <typename S> struct ComputeOf { using type = S; };
+template <> struct ComputeOf<bfloat16> { using type = float; };
+template <typename S> using Compute = typename ComputeOf<S>::type;
+
+template <typename C> struct LanesOf;
+template <> struct LanesOf<float> {
+  typedef float value __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t index __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct LanesOf<double> {
+  typedef double value __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t index __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <typename C> using Vec = typename LanesOf<C>::value;
+template <typename C> using Ints = typename LanesOf<C>::index;  // as wide as a number: one mask selects both
+template <typename C> constexpr int64_t kWidth = VECTOR_BYTES / int64_t(sizeof(C));
+
+typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+
+template <typename V, typename T>
+inline V load_bits(const T* address) {
+  V vector;
+  __builtin_memcpy(&vector, address, sizeof(V));
+  return vector;
+}
+
+template <typename V, typename T>
+inline void store_bits(T* address, const V& vector) {
+  __builtin_memcpy(address, &vector, sizeof(V));
+}
+
+template <typename S>
+inline Vec<Compute<S>> load(const S* address) {
+  return load_bits<Vec<S>>(address);
+}
+template <>
+inline Vec<float> load(const bfloat16* address) {
+  return (Vec<float>)(__builtin_convertvector(load_bits<Half>(address), Bits) << 16);
+}
+
+template <typename S>
+inline void store(S* address, const Vec<Compute<S>>& vector) {
+  store_bits(address, vector);
+}
+// To the nearest, ties to even; a NaN stays one.
+template <>
+inline void store(bfloat16* address, const Vec<float>& vector) {
+  const Bits bits = (Bits)vector, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Half half = __builtin_convertvector(vector == vector ? rounded : (bits >> 16) | 0x40, Half);
+  store_bits(address, half);
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+template <typename S> inline S narrow(Compute<S> value) { return value; }
+template <>
+inline bfloat16 narrow<bfloat16>(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return {uint16_t(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40)};
+}
+
+// The first `count` lanes, the others 0.
+template <typename S>
+inline Vec<Compute<S>> load_first(const S* address, int64_t count) {
+  Compute<S> lanes[kWidth<Compute<S>>] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = widen(address[i]);
+  return load(lanes);
+}
+
+template <typename S>
+inline void store_first(S* address, const Vec<Compute<S>>& vector, int64_t count) {
+  for (int64_t i = 0; i < count; i++) address[i] = narrow<S>(vector[i]);
+}
+
+template <typename C>
+inline Vec<C> relu(const Vec<C>& vector) {
+  return vector > 0 ? vector : Vec<C>{};
+}
+
+// Sum of the lanes, always in the same order.
+template <typename C>
+inline C sum(const Vec<C>& vector) {
+  C total = 0;
+  for (int64_t i = 0; i < kWidth<C>; i++) total += vector[i];
+  return total;
+}
+
+}  // namespace
+}  // namespace genrec

@@ -1,0 +1,176 @@
+"""SwiGLU experts on the GPU, forward: two grouped products and one sum, nothing gathered or sorted in memory.
+
+  1. hidden: rows of x are gathered by token inside the load of a tile, gate and up are two products in one program, SwiGLU
+     is the epilogue. hidden (T·k, F), in the dtype of x, lies in the order of the experts.
+  2. rows: hidden · Wdᵀ of the row's expert, scattered back to the row's (token, slot) place.
+  3. combine: y_t = Σ_j w_tj · row_tj in float32 in the order of the slots. This needs (T·k, D) of memory and one more pass
+     over it, but neither atomics nor an order that depends on timing; and a routing weight multiplies a float32.
+
+Same token, same bits, whatever else is in the batch: tile sizes never split the inner dimension, its steps run in order,
+and the launch table keeps BLOCK_K and the matrix instruction the same in all shape classes of an architecture: BLOCK_M is
+at least 64 where there are warp-group instructions (sm_90, sm_100), though few rows would need only 16. A decoding step
+reads every weight once at about 1 FLOP per byte and row, so even 64 rows leave it limited by memory.
+
+Floor of forward: 6·T·k·D·F FLOP; the experts in use, x and y once, hidden and rows (T·k, F + D) written and read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genrec.kernels.launch import launch
+from genrec.kernels.moe.triton_order import TABLE, Order, find_tile, swizzle
+
+PRECISION = tl.constexpr("tf32x3")  # of float32 products: three of TF32, on tensor cores and close to float32
+
+
+@triton.jit(do_not_specialize=["row_tiles"])
+def hidden_kernel(
+    x, w_gate_up, order, offsets, hidden,
+    row_tiles, experts, top_k, dim, width, stride_xt, stride_xd, stride_we, stride_wf, stride_wd,
+    WHOLE_K: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """hidden[row] = silu(x_t Wgᵀ) ⊙ (x_t Wuᵀ) with t the token of the row."""
+    tile, column = swizzle(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
+    expert, part = find_tile(offsets, tile, experts, BLOCK_M, EXPERTS)
+    if expert >= experts:
+        return
+    row = tl.load(offsets + expert) + part * BLOCK_M + tl.arange(0, BLOCK_M)
+    end = tl.load(offsets + expert + 1)
+    token = tl.load(order + row, mask=row < end, other=0) // top_k
+    f, d = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    f_load = tl.minimum(f, width - 1).to(tl.int64)
+
+    x_tile = x + token.to(tl.int64)[:, None] * stride_xt + d.to(tl.int64)[None, :] * stride_xd
+    w_tile = w_gate_up + expert.to(tl.int64) * stride_we + f_load[None, :] * stride_wf + d.to(tl.int64)[:, None] * stride_wd
+    up_tile = w_tile + tl.cast(width, tl.int64) * stride_wf
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        inside = (d < dim - start) | WHOLE_K
+        x_MK = tl.load(x_tile, mask=inside[None, :], other=0)
+        gate = tl.dot(x_MK, tl.load(w_tile, mask=inside[:, None], other=0), gate, input_precision=PRECISION)
+        up = tl.dot(x_MK, tl.load(up_tile, mask=inside[:, None], other=0), up, input_precision=PRECISION)
+        x_tile += BLOCK_K * tl.cast(stride_xd, tl.int64)
+        w_tile += BLOCK_K * tl.cast(stride_wd, tl.int64)
+        up_tile += BLOCK_K * tl.cast(stride_wd, tl.int64)
+
+    act = gate * tl.sigmoid(gate) * up
+    place = row.to(tl.int64)[:, None] * width + f[None, :]
+    tl.store(hidden + place, act.to(hidden.dtype.element_ty), mask=(row < end)[:, None] & (f < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["row_tiles"])
+def rows_kernel(
+    left, w, order, offsets, out,
+    row_tiles, experts, inner, width, stride_we, stride_wk, stride_wn,
+    WHOLE_K: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[pair of the row] = left[row] · w[expert], (inner,) times (inner, width)."""
+    tile, column = swizzle(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
+    expert, part = find_tile(offsets, tile, experts, BLOCK_M, EXPERTS)
+    if expert >= experts:
+        return
+    row = tl.load(offsets + expert) + part * BLOCK_M + tl.arange(0, BLOCK_M)
+    end = tl.load(offsets + expert + 1)
+    n, k = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n_load = tl.minimum(n, width - 1).to(tl.int64)
+
+    left_tile = left + tl.minimum(row, end - 1).to(tl.int64)[:, None] * inner + k[None, :]
+    w_tile = w + expert.to(tl.int64) * stride_we + k.to(tl.int64)[:, None] * stride_wk + n_load[None, :] * stride_wn
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        inside = (k < inner - start) | WHOLE_K
+        left_MK = tl.load(left_tile, mask=inside[None, :], other=0)
+        total = tl.dot(left_MK, tl.load(w_tile, mask=inside[:, None], other=0), total, input_precision=PRECISION)
+        left_tile += BLOCK_K
+        w_tile += BLOCK_K * tl.cast(stride_wk, tl.int64)
+
+    pair = tl.load(order + row, mask=row < end, other=0)
+    place = pair.to(tl.int64)[:, None] * width + n[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (n < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def combine_kernel(
+    rows, weights, indices, y,
+    tokens, experts, top_k, dim, stride_wt, stride_wk, stride_it, stride_ik,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y_t = Σ_j w_tj · rows[t · k + j], every weight 1 without `weights`; NaN where an index has no expert."""
+    BLOCK_T: tl.constexpr = BLOCK // BLOCK_D
+    columns = tl.cdiv(dim, BLOCK_D)
+    token = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (token < tokens)[:, None] & (d < dim)[None, :]
+    row = rows + token[:, None] * top_k * dim + d[None, :]
+    index = indices + token * stride_it
+    if weights is not None:
+        weight = weights + token * stride_wt
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for _ in range(top_k):
+        expert = tl.load(index, mask=token < tokens, other=0)
+        known = (expert >= 0) & (expert < experts)
+        value = tl.load(row, mask=inside & known[:, None], other=float("nan")).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weight, mask=token < tokens, other=0).to(tl.float32)[:, None]
+            weight += stride_wk
+        total += value
+        row += dim
+        index += stride_ik
+    tl.store(y + token[:, None] * dim + d[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+def product(kernel: str, x: Tensor, order: Order, inner: int) -> dict[str, Any]:
+    """The constants of a grouped product over `inner`."""
+    config = TABLE.config(kernel, x, rows=order.rows)
+    return config | {"WHOLE_K": inner % config["BLOCK_K"] == 0, "EXPERTS": order.width}
+
+
+def multiply(kernel: str, left: Tensor, w: Tensor, order: Order) -> Tensor:
+    """left (T·k, K) in the order of the experts, w (E, K, N) → (T·k, N), every row at its pair."""
+    inner, width = w.shape[1:]
+    out = left.new_empty((order.pairs, width))
+    config = product(kernel, left, order, inner)
+    row_tiles = order.tiles(config["BLOCK_M"])
+    launch(
+        rows_kernel, (row_tiles * triton.cdiv(width, config["BLOCK_N"]),), left, w, order.order, order.offsets, out,
+        row_tiles, order.experts, inner, width, *w.stride(), **config,
+    )  # fmt: skip
+    return out
+
+
+def combine(rows: Tensor, weights: Tensor | None, indices: Tensor, experts: int) -> Tensor:
+    """rows (T·k, D) → (T, D), the weighted sum of every token's rows."""
+    (tokens, top_k), dim = indices.shape, rows.shape[1]
+    y = rows.new_empty((tokens, dim))
+    config = TABLE.config("combine", rows)
+    block_d = max(min(triton.next_power_of_2(dim), config["BLOCK"]), 1)
+    blocks = triton.cdiv(tokens, config["BLOCK"] // block_d) * triton.cdiv(dim, block_d)
+    launch(
+        combine_kernel, (blocks,), rows, weights, indices, y, tokens, experts, top_k, dim,
+        *((0, 0) if weights is None else weights.stride()), *indices.stride(), BLOCK_D=block_d, **config,
+    )  # fmt: skip
+    return y
+
+
+def experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """(T, D), (T, k), (T, k), (E, 2F, D), (E, D, F) → (T, D)"""
+    order = Order(indices, w_gate_up.shape[0], x)
+    dim, width = w_down.shape[1:]
+    hidden = x.new_empty((order.pairs, width))
+    config = product("hidden", x, order, dim)
+    row_tiles = order.tiles(config["BLOCK_M"])
+    launch(
+        hidden_kernel, (row_tiles * triton.cdiv(width, config["BLOCK_N"]),),
+        x, w_gate_up, order.order, order.offsets, hidden,
+        row_tiles, order.experts, order.top_k, dim, width, *x.stride(), *w_gate_up.stride(), **config,
+    )  # fmt: skip
+    return combine(multiply("rows", hidden, w_down.mT, order), weights, indices, order.experts)

@@ -2,7 +2,8 @@
 at run time, and every launch goes through `launch`, so that compilation without a GPU sees exactly what runs with one.
 
 `launch.csv` of an operator has one row per kernel, architecture and shape class. Lower-case columns are what a launch
-is looked up by, the others are what it gets: constants of the kernel (upper case), num_warps and num_stages.
+is looked up by, the others are what it gets: constants of the kernel (upper case), num_warps, num_stages and, where the
+assembler would rather spill than use more registers, maxnreg.
 
     kernel,arch,dtype,dim,BLOCK_M,BLOCK_N,num_warps,num_stages
     forward,80,fp16,64,128,64,4,3
@@ -24,7 +25,7 @@ from torch import Tensor
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INTERPRETED = 80  # the rows that the interpreter runs with
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
@@ -71,15 +72,17 @@ class Table:
     def __init__(self, path: Path) -> None:
         with open(path, newline="") as file:
             self.rows = [dict(row) for row in csv.DictReader(file)]
-        self._found: dict[tuple[Any, ...], dict[str, int]] = {}
+        self.path = path
+        self.found: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, int]]] = {}  # clear it after changing a row
 
     def config(self, kernel: str, tensor: Tensor, **sizes: int) -> dict[str, int]:
         """The launch of `kernel` for the tensor's device and dtype and the sizes that the table asks for."""
         arch, dtype = architecture(tensor.device), DTYPES[tensor.dtype]
-        key = (kernel, arch, dtype, *sizes.values())
-        if key not in self._found:
-            self._found[key] = launch_of(self.row(kernel, arch, dtype, sizes))
-        return self._found[key]
+        key = (kernel, arch, dtype, *sizes.items())
+        if key not in self.found:
+            row = self.row(kernel, arch, dtype, sizes)
+            self.found[key] = row, launch_of(row)
+        return self.found[key][1]
 
     def row(self, kernel: str, arch: int, dtype: str, sizes: dict[str, int]) -> dict[str, str]:
         rows = [row for row in self.rows if row["kernel"] == kernel and row["dtype"] in ("*", dtype)]

@@ -105,12 +105,8 @@ def compiled(case: str, call: Callable[[], Any], arch: int) -> list[Image]:
 
     Raises RuntimeError where TRITON_INTERPRET is set, and whatever Triton raises about a kernel that does not compile.
     """
-    from triton import knobs
-
-    if knobs.runtime.interpret:
-        raise RuntimeError(
-            "TRITON_INTERPRET is set; expected a process without it, for the interpreter compiles nothing"
-        )
+    if reason := obstacle():
+        raise RuntimeError(reason)
     kernels: list[Any] = []
 
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -270,21 +266,32 @@ def _table(found: Sequence[Resources]) -> Table:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    operators = sorted(path.parent.name for path in Path(__file__).parent.glob("*/op.py"))
-    parser = argparse.ArgumentParser(
-        prog="python -m genrec.kernels.compilation", description="Compile the Triton kernels."
-    )
-    parser.add_argument("--op", nargs="+", default=operators, choices=operators, help="default: all")
-    parser.add_argument("--arch", nargs="+", type=int, default=list(SHARED), choices=list(SHARED), help="default: all")
-    options = parser.parse_args(arguments)
+def obstacle() -> str | None:
+    """Why this process cannot compile; None if it can."""
     try:
         from triton import knobs
     except ImportError:
-        print("Triton is not installed (it has wheels for Linux only); expected pip install triton", file=sys.stderr)
-        return 2
-    if knobs.runtime.interpret:
-        print("TRITON_INTERPRET is set, and the interpreter compiles nothing; expected it unset", file=sys.stderr)
+        return "Triton is not installed (it has wheels for Linux only); expected pip install triton"
+    return (
+        "TRITON_INTERPRET is set: the interpreter compiles nothing; expected it unset"
+        if knobs.runtime.interpret
+        else None
+    )
+
+
+def operators() -> list[str]:
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/op.py"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m genrec.kernels.compilation", description="Compile the Triton kernels."
+    )
+    parser.add_argument("--op", nargs="+", default=operators(), choices=operators(), help="default: all")
+    parser.add_argument("--arch", nargs="+", type=int, default=list(SHARED), choices=list(SHARED), help="default: all")
+    options = parser.parse_args(arguments)
+    if reason := obstacle():
+        print(reason, file=sys.stderr)
         return 2
     return report([f"genrec.kernels.{name}.triton" for name in options.op], options.arch)
 

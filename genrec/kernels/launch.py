@@ -85,10 +85,7 @@ class Table:
         return self.found[key][1]
 
     def row(self, kernel: str, arch: int, dtype: str, sizes: dict[str, int]) -> dict[str, str]:
-        rows = [row for row in self.rows if row["kernel"] == kernel and row["dtype"] in ("*", dtype)]
-        archs = {int(row["arch"]) for row in rows}
-        newest = max((a for a in archs if a <= arch), default=min(archs, default=0))
-        rows = [row for row in rows if int(row["arch"]) == newest]
+        rows = serving(self.rows, kernel, arch, dtype)
         for name, size in sizes.items():
             values = {int(row[name]) for row in rows}
             nearest = min((v for v in values if v >= size), default=max(values, default=0))
@@ -98,6 +95,18 @@ class Table:
         return rows[0]
 
 
+def serving(rows: list[dict[str, str]], kernel: str, arch: int, dtype: str) -> list[dict[str, str]]:
+    """The rows of the newest architecture that is not newer than `arch`; of the oldest, where all are newer."""
+    rows = [row for row in rows if row["kernel"] == kernel and row["dtype"] in ("*", dtype)]
+    archs = {int(row["arch"]) for row in rows}
+    newest = max((a for a in archs if a <= arch), default=min(archs, default=0))
+    return [row for row in rows if int(row["arch"]) == newest]
+
+
 def launch_of(row: dict[str, str]) -> dict[str, int]:
     """The constants and options of a row; empty cells are left to the kernel."""
-    return {name: int(value) for name, value in row.items() if value and (name.isupper() or name in OPTIONS)}
+    return {name: int(value) for name, value in row.items() if value and not looks_up(name)}
+
+
+def looks_up(column: str) -> bool:
+    return column.islower() and column not in OPTIONS

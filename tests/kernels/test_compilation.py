@@ -147,4 +147,4 @@ def test_the_command_says_what_it_needs():
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "TRITON_INTERPRET is set, and the interpreter compiles nothing; expected it unset\n"
+    assert refused.stderr == "TRITON_INTERPRET is set: the interpreter compiles nothing; expected it unset\n"

@@ -1,16 +1,20 @@
 """Kernels that are right and wrong in one way each, for the tests of the compile check and of tuning."""
 
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
 
-from genrec.kernels.launch import launch
+from genrec.kernels.launch import Table, launch
+
+TABLE = Table(Path(__file__).with_name("toy_launch.csv"))
 
 
 @triton.jit
 def scale(x, y, n, factor, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i, mask=i < n) * factor, mask=i < n)
+    tl.store(y + i, tl.load(x + i, mask=i < n).to(tl.float32) * factor, mask=i < n)
 
 
 @triton.jit
@@ -33,9 +37,9 @@ def exact_multiply(a_MK, b_KN, c_MN, K, N, BLOCK: tl.constexpr, BLOCK_K: tl.cons
 EXACT = {"exact_multiply"}
 
 
-def scaled(x: torch.Tensor, block: int = 128) -> torch.Tensor:
-    y = torch.empty_like(x)
-    launch(scale, (triton.cdiv(x.numel(), block),), x, y, x.numel(), 2.0, BLOCK=block)
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    config, y = TABLE.config("scale", x, size=x.numel()), torch.empty_like(x)
+    launch(scale, (config["PROGRAMS"],), x, y, x.numel(), 2.0, BLOCK=config["BLOCK"], num_warps=config["num_warps"])
     return y
 
 
@@ -51,7 +55,7 @@ def multiplied(a: torch.Tensor, b: torch.Tensor, block: int, block_k: int, preci
 
 def examples(dtype: torch.dtype, device: torch.device | str = "meta"):
     x = torch.randn(1024, 1024, dtype=dtype, device=device)
-    yield "scale", lambda: scaled(x)
+    yield "scale", lambda: scaled(x[0])
     yield "multiply", lambda: multiplied(x, x, 64, 32, "tf32x3")
     yield "multiply again", lambda: multiplied(x, x, 64, 32, "tf32x3")
     if dtype == torch.float32:

@@ -30,6 +30,23 @@ def triton_kernels(device: torch.device) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def exact_dots(triton_kernels: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests to the bit: numpy rounds a row's float32 products by its place in the tile, as no tensor core does."""
+    if device.type == "cuda":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def exact(self, a, b, total, *rest):
+        wide = interpreter.TensorHandle(total.data.astype(np.float64), tl.float64)
+        return interpreter.TensorHandle(create_dot(self, a, b, wide, *rest).data.astype(np.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact)
+
+
 def _repair_bfloat16() -> None:
     """The interpreter cuts float32 to bfloat16 where hardware rounds, and multiplies bfloat16's bits as integers."""
     import triton.language as tl

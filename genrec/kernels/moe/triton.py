@@ -12,6 +12,7 @@ gradients leave it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +33,24 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         logits, weights, indices = empty(64, e), empty(64, k, dtype=torch.float32), empty(64, k, dtype=torch.int32)
         for renormalize in (True, False):
             for bias in (None, empty(e, dtype=torch.float32)):
-                name = f"route E{e} k{k} renormalize={renormalize} bias={bias is not None}"
-                yield name, lambda a=(logits, k, bias, renormalize): route(*a)
-            yield f"{name} backward", lambda a=(weights, logits, indices, renormalize): route_backward(*a)
+                forward = partial(route, logits, k, bias, renormalize)
+                yield f"route E {e} k {k} renormalize {renormalize} bias {bias is not None}", forward
+            backward = partial(route_backward, weights, logits, indices, renormalize)
+            yield f"route backward E {e} k {k} renormalize {renormalize}", backward
 
-    for t, e, d, f in (16, 16, 1024, 1024), (512, 16, 1024, 1024), (8192, 16, 1024, 1024), (8192, 256, 1024, 1024), (40, 5, 100, 60):
+    decoding, few, many = 16, 256, 8192
+    weights, indices = empty(64, 4, dtype=torch.float32), empty(64, 4, dtype=torch.int32)
+    transposed = (empty(64, 128), weights, indices, empty(8, 128, 128).mT, empty(8, 64, 128).mT)
+    yield "experts with transposed weights", partial(experts, *transposed)
+    yield "experts backward with transposed weights", partial(experts_backward, transposed[0], *transposed)
+    for t, e, d, f in (
+        *((decoding, 16, 1024, 1024), (few, 16, 1024, 1024), (many, 16, 1024, 1024)),  # the shape classes
+        *((many, 5, 112, 80), (many, 256, 100, 60)),  # tiles that are cut, and loads that go element by element
+    ):
         x, weights, indices = empty(t, d), empty(t, 4, dtype=torch.float32), empty(t, 4, dtype=torch.int32)
         arguments = (x, weights, indices, empty(e, 2 * f, d), empty(e, d, f))
-        yield f"experts T{t} E{e} D{d} F{f}", lambda a=arguments: experts(*a)
-        yield f"experts T{t} E{e} D{d} F{f} backward", lambda a=arguments: experts_backward(a[0], *a)
+        yield f"experts T {t} E {e} D {d} F {f}", partial(experts, *arguments)
+        yield f"experts backward T {t} E {e} D {d} F {f}", partial(experts_backward, x, *arguments)
 
 
 implement("moe_route", route)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec.kernels.launch import launch
-from genrec.kernels.moe.triton_experts import PRECISION, combine, multiply, product
+from genrec.kernels.moe.triton_experts import PRECISION, alignment, combine, load_rows, load_weight, multiply, product
 from genrec.kernels.moe.triton_order import TABLE, Order, expert_of, find_tile, swizzle
 
 
@@ -34,7 +34,7 @@ def hidden_backward_kernel(
     grad, x, weights, w_gate_up, w_down, order, offsets, grad_gate_up, weighted, partial,
     row_tiles, pairs, experts, top_k, dim, width, stride_gt, stride_gd, stride_xt, stride_xd, stride_wt, stride_wk,
     stride_ue, stride_uf, stride_ud, stride_de, stride_dd, stride_df,
-    WHOLE_K: tl.constexpr, EXPERTS: tl.constexpr,
+    WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """[dG, dU], w ⊙ A and the partial ⟨B, A⟩ of a tile of rows and hidden columns."""
@@ -45,32 +45,26 @@ def hidden_backward_kernel(
     row = tl.load(offsets + expert) + part * BLOCK_M + tl.arange(0, BLOCK_M)
     end = tl.load(offsets + expert + 1)
     pair = tl.load(order + row, mask=row < end, other=0)
-    token = (pair // top_k).to(tl.int64)
+    token = pair // top_k
     f, d = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    f_load, d_load = tl.minimum(f, width - 1).to(tl.int64), d.to(tl.int64)
 
-    x_tile = x + token[:, None] * stride_xt + d_load[None, :] * stride_xd
-    grad_tile = grad + token[:, None] * stride_gt + d_load[None, :] * stride_gd
-    gate_tile = w_gate_up + expert.to(tl.int64) * stride_ue + d_load[:, None] * stride_ud + f_load[None, :] * stride_uf
-    up_tile = gate_tile + tl.cast(width, tl.int64) * stride_uf
-    down_tile = w_down + expert.to(tl.int64) * stride_de + d_load[:, None] * stride_dd + f_load[None, :] * stride_df
+    w_gate = w_gate_up + expert.to(tl.int64) * stride_ue
+    w_up = w_gate + tl.cast(width, tl.int64) * stride_uf
+    w_back = w_down + expert.to(tl.int64) * stride_de
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     back = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, dim, BLOCK_K):
-        inside = (d < dim - start) | WHOLE_K
-        x_MK = tl.load(x_tile, mask=inside[None, :], other=0)
-        gate = tl.dot(x_MK, tl.load(gate_tile, mask=inside[:, None], other=0), gate, input_precision=PRECISION)
-        up = tl.dot(x_MK, tl.load(up_tile, mask=inside[:, None], other=0), up, input_precision=PRECISION)
-        grad_MK = tl.load(grad_tile, mask=inside[None, :], other=0)
-        back = tl.dot(grad_MK, tl.load(down_tile, mask=inside[:, None], other=0), back, input_precision=PRECISION)
-        x_tile += BLOCK_K * tl.cast(stride_xd, tl.int64)
-        grad_tile += BLOCK_K * tl.cast(stride_gd, tl.int64)
-        gate_tile += BLOCK_K * tl.cast(stride_ud, tl.int64)
-        up_tile += BLOCK_K * tl.cast(stride_ud, tl.int64)
-        down_tile += BLOCK_K * tl.cast(stride_dd, tl.int64)
+        x_MK = load_rows(x, token, start + d, dim, stride_xt, stride_xd, WHOLE)
+        gate_KN = load_weight(w_gate, start + d, f, dim, width, stride_ud, stride_uf, WHOLE)
+        gate = tl.dot(x_MK, gate_KN, gate, input_precision=PRECISION)
+        up_KN = load_weight(w_up, start + d, f, dim, width, stride_ud, stride_uf, WHOLE)
+        up = tl.dot(x_MK, up_KN, up, input_precision=PRECISION)
+        grad_MK = load_rows(grad, token, start + d, dim, stride_gt, stride_gd, WHOLE)
+        back_KN = load_weight(w_back, start + d, f, dim, width, stride_dd, stride_df, WHOLE)
+        back = tl.dot(grad_MK, back_KN, back, input_precision=PRECISION)
 
-    weight = tl.load(weights + token * stride_wt + (pair % top_k).to(tl.int64) * stride_wk).to(tl.float32)[:, None]
+    weight = tl.load(weights + token.to(tl.int64) * stride_wt + (pair % top_k).to(tl.int64) * stride_wk).to(tl.float32)[:, None]
     inside = (row < end)[:, None] & (f < width)[None, :]
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -113,16 +107,15 @@ def expert_gradient_kernel(
     tile, column = swizzle(tl.program_id(0) % (rows * columns), rows, columns, GROUP)
     first, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     m, n = tile * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_load, n_load = tl.minimum(m, height - 1), tl.minimum(n, width - 1).to(tl.int64)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         token = tl.load(order + row, mask=row < end, other=0) // top_k
-        left_place = row.to(tl.int64)[None, :] * height + m_load[:, None]
-        right_place = token.to(tl.int64)[:, None] * stride_rt + n_load[None, :] * stride_rn
-        left_MK = tl.load(left + left_place, mask=(row < end)[None, :], other=0)
-        right_KN = tl.load(right + right_place, mask=(row < end)[:, None], other=0)
+        left_tile = left + row.to(tl.int64)[None, :] * height + m[:, None]
+        right_tile = right + token.to(tl.int64)[:, None] * stride_rt + n.to(tl.int64)[None, :] * stride_rn
+        left_MK = tl.load(left_tile, mask=(row < end)[None, :] & (m < height)[:, None], other=0)
+        right_KN = tl.load(right_tile, mask=(row < end)[:, None] & (n < width)[None, :], other=0)
         total = tl.dot(left_MK, right_KN, total, input_precision=PRECISION)
 
     place = m.to(tl.int64)[:, None] * stride_om + n.to(tl.int64)[None, :] * stride_on
@@ -133,7 +126,7 @@ def expert_gradient_kernel(
 def expert_gradient(left: Tensor, right: Tensor, out: Tensor, order: Order) -> None:
     """left (T·k, M) in the order of the experts, right (T, N): fills out (E, M, N)."""
     experts, height, width = out.shape
-    config = TABLE.config("expert_gradient", left)
+    config = TABLE.config("expert_gradient", left, align=alignment(left, right))
     tiles = triton.cdiv(height, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_N"])
     launch(
         expert_gradient_kernel, (experts * tiles,), left, right, order.order, order.offsets, out,
@@ -147,7 +140,7 @@ def experts_backward(
     """Gradients of x, weights, w_gate_up and w_down."""
     order = Order(indices, w_gate_up.shape[0], x)
     dim, width = w_down.shape[1:]
-    config = product("hidden_backward", x, order, dim)
+    config = product("hidden_backward", order, dim, width, x, grad, w_gate_up, w_down)
     row_tiles, columns = order.tiles(config["BLOCK_M"]), triton.cdiv(width, config["BLOCK_N"])
     grad_hidden, weighted = x.new_empty((order.pairs, 2 * width)), x.new_empty((order.pairs, width))
     partial = x.new_empty((columns, order.pairs), dtype=torch.float32)
@@ -168,5 +161,5 @@ def experts_backward(
     expert_gradient(weighted, grad, grad_down.mT, order)
     expert_gradient(grad_hidden, x, grad_gate_up, order)
     del weighted, partial  # the rows of dX go where they lay
-    grad_x = combine(multiply("grad_rows", grad_hidden, w_gate_up, order), None, indices, order.experts)
+    grad_x = combine(multiply(grad_hidden, w_gate_up, order), None, indices, order.experts)
     return grad_x, grad_weights, grad_gate_up, grad_down

@@ -29,11 +29,25 @@ from genrec.kernels.moe.triton_order import TABLE, Order, find_tile, swizzle
 PRECISION = tl.constexpr("tf32x3")  # of float32 products: three of TF32, on tensor cores and close to float32
 
 
+@triton.jit
+def load_rows(x, row, d, dim, stride_row, stride_d, WHOLE: tl.constexpr):
+    """x[row, d], (rows, d): the left side of a product. WHOLE: d stays below dim in every tile."""
+    tile = x + row.to(tl.int64)[:, None] * stride_row + d.to(tl.int64)[None, :] * stride_d
+    return tl.load(tile) if WHOLE else tl.load(tile, mask=(d < dim)[None, :], other=0)
+
+
+@triton.jit
+def load_weight(w, k, n, inner, width, stride_k, stride_n, WHOLE: tl.constexpr):
+    """w[k, n], (inner, width): the right side of a product, zero outside. WHOLE: there is no outside in any tile."""
+    tile = w + n.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
+    return tl.load(tile) if WHOLE else tl.load(tile, mask=(k < inner)[:, None] & (n < width)[None, :], other=0)
+
+
 @triton.jit(do_not_specialize=["row_tiles"])
 def hidden_kernel(
     x, w_gate_up, order, offsets, hidden,
     row_tiles, experts, top_k, dim, width, stride_xt, stride_xd, stride_we, stride_wf, stride_wd,
-    WHOLE_K: tl.constexpr, EXPERTS: tl.constexpr,
+    WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden[row] = silu(x_t Wgᵀ) ⊙ (x_t Wuᵀ) with t the token of the row."""
@@ -45,21 +59,17 @@ def hidden_kernel(
     end = tl.load(offsets + expert + 1)
     token = tl.load(order + row, mask=row < end, other=0) // top_k
     f, d = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    f_load = tl.minimum(f, width - 1).to(tl.int64)
 
-    x_tile = x + token.to(tl.int64)[:, None] * stride_xt + d.to(tl.int64)[None, :] * stride_xd
-    w_tile = w_gate_up + expert.to(tl.int64) * stride_we + f_load[None, :] * stride_wf + d.to(tl.int64)[:, None] * stride_wd
-    up_tile = w_tile + tl.cast(width, tl.int64) * stride_wf
+    w_gate = w_gate_up + expert.to(tl.int64) * stride_we
+    w_up = w_gate + tl.cast(width, tl.int64) * stride_wf
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, dim, BLOCK_K):
-        inside = (d < dim - start) | WHOLE_K
-        x_MK = tl.load(x_tile, mask=inside[None, :], other=0)
-        gate = tl.dot(x_MK, tl.load(w_tile, mask=inside[:, None], other=0), gate, input_precision=PRECISION)
-        up = tl.dot(x_MK, tl.load(up_tile, mask=inside[:, None], other=0), up, input_precision=PRECISION)
-        x_tile += BLOCK_K * tl.cast(stride_xd, tl.int64)
-        w_tile += BLOCK_K * tl.cast(stride_wd, tl.int64)
-        up_tile += BLOCK_K * tl.cast(stride_wd, tl.int64)
+        x_MK = load_rows(x, token, start + d, dim, stride_xt, stride_xd, WHOLE)
+        gate_KN = load_weight(w_gate, start + d, f, dim, width, stride_wd, stride_wf, WHOLE)
+        up_KN = load_weight(w_up, start + d, f, dim, width, stride_wd, stride_wf, WHOLE)
+        gate = tl.dot(x_MK, gate_KN, gate, input_precision=PRECISION)
+        up = tl.dot(x_MK, up_KN, up, input_precision=PRECISION)
 
     act = gate * tl.sigmoid(gate) * up
     place = row.to(tl.int64)[:, None] * width + f[None, :]
@@ -70,7 +80,7 @@ def hidden_kernel(
 def rows_kernel(
     left, w, order, offsets, out,
     row_tiles, experts, inner, width, stride_we, stride_wk, stride_wn,
-    WHOLE_K: tl.constexpr, EXPERTS: tl.constexpr,
+    WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[pair of the row] = left[row] · w[expert], (inner,) times (inner, width)."""
@@ -81,17 +91,12 @@ def rows_kernel(
     row = tl.load(offsets + expert) + part * BLOCK_M + tl.arange(0, BLOCK_M)
     end = tl.load(offsets + expert + 1)
     n, k = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    n_load = tl.minimum(n, width - 1).to(tl.int64)
 
-    left_tile = left + tl.minimum(row, end - 1).to(tl.int64)[:, None] * inner + k[None, :]
-    w_tile = w + expert.to(tl.int64) * stride_we + k.to(tl.int64)[:, None] * stride_wk + n_load[None, :] * stride_wn
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner, BLOCK_K):
-        inside = (k < inner - start) | WHOLE_K
-        left_MK = tl.load(left_tile, mask=inside[None, :], other=0)
-        total = tl.dot(left_MK, tl.load(w_tile, mask=inside[:, None], other=0), total, input_precision=PRECISION)
-        left_tile += BLOCK_K
-        w_tile += BLOCK_K * tl.cast(stride_wk, tl.int64)
+        left_MK = load_rows(left, tl.minimum(row, end - 1), start + k, inner, inner, 1, WHOLE)
+        w_KN = load_weight(w + expert.to(tl.int64) * stride_we, start + k, n, inner, width, stride_wk, stride_wn, WHOLE)
+        total = tl.dot(left_MK, w_KN, total, input_precision=PRECISION)
 
     pair = tl.load(order + row, mask=row < end, other=0)
     place = pair.to(tl.int64)[:, None] * width + n[None, :]
@@ -128,17 +133,24 @@ def combine_kernel(
     tl.store(y + token[:, None] * dim + d[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-def product(kernel: str, x: Tensor, order: Order, inner: int) -> dict[str, Any]:
-    """The constants of a grouped product over `inner`."""
-    config = TABLE.config(kernel, x, rows=order.rows)
-    return config | {"WHOLE_K": inner % config["BLOCK_K"] == 0, "EXPERTS": order.width}
+def product(kernel: str, order: Order, inner: int, width: int, *tensors: Tensor) -> dict[str, Any]:
+    """The constants of a grouped product of (inner,) with (inner, width) that reads these tensors."""
+    config = TABLE.config(kernel, tensors[0], align=alignment(*tensors), rows=order.rows)
+    whole = inner % config["BLOCK_K"] == 0 and width % config["BLOCK_N"] == 0
+    return config | {"WHOLE": whole, "EXPERTS": order.width}
 
 
-def multiply(kernel: str, left: Tensor, w: Tensor, order: Order) -> Tensor:
+def alignment(*tensors: Tensor) -> int:
+    """The shape class for loads: 16 where they all take 16 bytes at once, 1 where any goes element by element."""
+    aligned = all(1 in x.stride() and all(stride == 1 or stride % 16 == 0 for stride in x.stride()) for x in tensors)
+    return 16 if aligned else 1
+
+
+def multiply(left: Tensor, w: Tensor, order: Order) -> Tensor:
     """left (T·k, K) in the order of the experts, w (E, K, N) → (T·k, N), every row at its pair."""
     inner, width = w.shape[1:]
     out = left.new_empty((order.pairs, width))
-    config = product(kernel, left, order, inner)
+    config = product("rows", order, inner, width, left, w)
     row_tiles = order.tiles(config["BLOCK_M"])
     launch(
         rows_kernel, (row_tiles * triton.cdiv(width, config["BLOCK_N"]),), left, w, order.order, order.offsets, out,
@@ -166,11 +178,11 @@ def experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_do
     order = Order(indices, w_gate_up.shape[0], x)
     dim, width = w_down.shape[1:]
     hidden = x.new_empty((order.pairs, width))
-    config = product("hidden", x, order, dim)
+    config = product("hidden", order, dim, width, x, w_gate_up)
     row_tiles = order.tiles(config["BLOCK_M"])
     launch(
         hidden_kernel, (row_tiles * triton.cdiv(width, config["BLOCK_N"]),),
         x, w_gate_up, order.order, order.offsets, hidden,
         row_tiles, order.experts, order.top_k, dim, width, *x.stride(), *w_gate_up.stride(), **config,
     )  # fmt: skip
-    return combine(multiply("rows", hidden, w_down.mT, order), weights, indices, order.experts)
+    return combine(multiply(hidden, w_down.mT, order), weights, indices, order.experts)

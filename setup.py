@@ -4,6 +4,7 @@ The kernels use torch's stable ABI: no torch headers beyond the stable ones (sec
 Python, and for every torch from the version below on. A build that fails leaves a working package in plain PyTorch.
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ INSTRUCTION_SETS = {
     "_avx512": ["-mavx512f", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
 }
 
+SANITIZE = os.environ.get("GENREC_SANITIZE")  # such as address,undefined: for tests/csrc
+
 
 def flags_for(source: str) -> list[str]:
     """One translation unit per instruction set; which one runs is decided on the machine that runs it."""
@@ -32,6 +35,12 @@ def flags_for(source: str) -> list[str]:
         if Path(source).stem.endswith(suffix) and platform.machine() in ("x86_64", "AMD64"):
             return FLAGS + flags
     return FLAGS
+
+
+def sanitizer_flags() -> list[str]:
+    if not SANITIZE:
+        return []
+    return [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 class BuildKernels(build_ext):
@@ -46,11 +55,11 @@ class BuildKernels(build_ext):
             for source in ext.sources:
                 objects += self.compiler.compile(
                     [source], output_dir=self.build_temp, include_dirs=include_paths(),
-                    extra_postargs=flags_for(source), depends=ext.depends,
+                    extra_postargs=flags_for(source) + sanitizer_flags(), depends=ext.depends,
                 )  # fmt: skip
             self.compiler.link_shared_object(
                 objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=library_paths(),
-                target_lang="c++", build_temp=self.build_temp,
+                target_lang="c++", build_temp=self.build_temp, extra_postargs=sanitizer_flags(),
             )  # fmt: skip
         except Exception as error:  # whatever a compiler can do wrong, the package works without it
             self.skip(f"csrc/ did not compile ({error})")

@@ -5,11 +5,12 @@
 // registers very slowly, hence one unit per width.
 #include "unit.h"
 
+#include "moe_unit.h"
 #include "relu_attention_unit.h"
 #include "rq_nearest_unit.h"
 
 namespace genrec {
 
-const Unit UNIT = {UNIT_NAME, rq_nearest_unit(), relu_attention_unit()};
+const Unit UNIT = {UNIT_NAME, relu_attention_unit(), moe_unit(), rq_nearest_unit()};
 
 }  // namespace genrec

@@ -95,9 +95,37 @@ inline void store_first(S* address, const Vec<Compute<S>>& vector, int64_t count
   for (int64_t i = 0; i < count; i++) address[i] = narrow<S>(vector[i]);
 }
 
+// As many lanes as there are, up to all of them.
+template <typename S>
+inline Vec<Compute<S>> load_some(const S* address, int64_t count) {
+  return count >= kWidth<Compute<S>> ? load(address) : load_first(address, count);
+}
+template <typename S>
+inline void store_some(S* address, const Vec<Compute<S>>& vector, int64_t count) {
+  count >= kWidth<Compute<S>> ? store(address, vector) : store_first(address, vector, count);
+}
+
 template <typename C>
 inline Vec<C> relu(const Vec<C>& vector) {
   return vector > 0 ? vector : Vec<C>{};
+}
+
+// eˣ within about one unit in the last place: x = n ln 2 + r, a polynomial in r, and 2ⁿ as two factors that both exist.
+inline Vec<float> exponential(const Vec<float>& vector) {
+  const Vec<float> none = {}, low = none - 105.0f, high = none + 89.0f, magic = none + 12582912.0f;  // 1.5 · 2²³
+  const Vec<float> x = vector < low ? low : vector > high ? high : vector;
+  const Vec<float> shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 = 0.693359375 − 0.000212…
+  const float coefficients[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
+  Vec<float> p = none + 1 / 5040.0f;
+  for (const float coefficient : coefficients) p = p * r + coefficient;
+  const Ints<float> exponent = (Ints<float>)shifted - (Ints<float>)magic, half = exponent >> 1;
+  return p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((exponent - half + 127) << 23);
+}
+inline Vec<double> exponential(const Vec<double>& vector) {
+  Vec<double> result;
+  for (int64_t i = 0; i < kWidth<double>; i++) result[i] = __builtin_exp(vector[i]);
+  return result;
 }
 
 // Sum of the lanes, always in the same order.

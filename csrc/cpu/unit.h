@@ -3,6 +3,7 @@
 // no vectors, the units see vectors and no torch.
 #pragma once
 
+#include "moe.h"
 #include "relu_attention.h"
 #include "rq_nearest.h"
 
@@ -10,8 +11,9 @@ namespace genrec {
 
 struct Unit {
   const char* name;
-  RqNearest rq_nearest;
   ReluAttention relu_attention;
+  Moe moe;
+  RqNearest rq_nearest;
 };
 
 // The widest unit that this CPU has and that the environment variable GENREC_CPU_ISA, if set, does not forbid.

@@ -1,0 +1,387 @@
+// genrec::moe_route, genrec::moe_experts and their backward passes on the CPU: a counting sort of the (token, slot) pairs by
+// expert, then one parallel step after another, each shared out by the multiplications it takes.
+#include "tensor.h"
+#include "unit.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using namespace genrec;
+
+constexpr int64_t kRowsPerExpert = 256;  // a batch has this many on average: scratch stays small, packing stays cheap
+constexpr int64_t kPackingRows = 8;      // reading and packing weights costs about as much as so many rows
+constexpr int64_t kShare = 1 << 19;      // multiplications below which another thread costs more than it saves
+
+template <typename C> constexpr ScalarType kType = ScalarType::Float;
+template <> constexpr ScalarType kType<double> = ScalarType::Double;
+
+int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
+// In `type`, contiguous along the last dimension.
+Tensor rows_of(const Tensor& tensor, ScalarType type) {
+  const Tensor typed = as_type(tensor, type);
+  const int64_t last = typed.dim() - 1;
+  return typed.stride(last) == 1 || typed.size(last) <= 1 ? typed : torch::stable::contiguous(typed);
+}
+
+// Uninitialised arrays, every one on its own cache lines.
+template <typename C>
+class Scratch {
+ public:
+  explicit Scratch(std::initializer_list<std::pair<C**, int64_t>> arrays) {
+    int64_t lines = 0;
+    for (auto [array, size] : arrays) lines += lines_of(size);
+    memory_.reset(new Line[lines]);
+    Line* line = memory_.get();
+    for (auto [array, size] : arrays) {
+      *array = reinterpret_cast<C*>(line);
+      line += lines_of(size);
+    }
+  }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  static int64_t lines_of(int64_t size) { return (size * int64_t(sizeof(C)) + 63) / 64; }
+  std::unique_ptr<Line[]> memory_;
+};
+
+// Which rows every expert gets, batch by batch.
+class Assignment {
+ public:
+  Assignment(const Tensor& indices, int64_t experts)
+      : experts_(experts), slots_(indices.size(1)), indices_(dense(indices)), start_(experts + 1) {
+    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long,
+                    "moe_experts: indices must be int32 or int64");
+    const int64_t tokens = indices.size(0), pairs = tokens * slots_;
+    batch_ = std::max<int64_t>(1, std::min(tokens, kRowsPerExpert * experts / std::max<int64_t>(1, slots_)));
+    pair_.resize(batch_ * slots_);
+    token_.resize(batch_ * slots_);
+    with_indices([&](const auto* index) {
+      for (int64_t i = 0; i < pairs; i++)
+        STD_TORCH_CHECK(index[i] >= 0 && index[i] < experts_, "moe_experts: indices holds ", int64_t(index[i]),
+                        "; expected 0 … ", experts_ - 1, ", one of ", experts_, " experts");
+    });
+  }
+
+  int64_t batch() const { return batch_; }
+
+  // Counting sort of the pairs of tokens [first, first + tokens) into start, pair and token; stable.
+  template <typename C>
+  void sort(int64_t first, int64_t tokens, Experts<C>& all) {
+    std::fill(start_.begin(), start_.end(), 0);
+    with_indices([&](const auto* index) {
+      index += first * slots_;
+      for (int64_t i = 0; i < tokens * slots_; i++) start_[index[i]]++;
+      int64_t sum = 0;
+      for (int64_t& start : start_) start = std::exchange(sum, sum + start);
+      for (int64_t t = 0, i = 0; t < tokens; t++)
+        for (int64_t j = 0; j < slots_; j++, i++) {
+          const int64_t row = start_[index[i]]++;
+          pair_[row] = int32_t(i);
+          token_[row] = int32_t(t);
+        }
+      std::copy_backward(start_.begin(), start_.end() - 1, start_.end());
+      start_[0] = 0;
+    });
+    all.start = start_.data();
+    all.pair = pair_.data();
+    all.token = token_.data();
+  }
+
+  int64_t most_rows() const {
+    int64_t most = 0;
+    for (int64_t e = 0; e < experts_; e++) most = std::max(most, start_[e + 1] - start_[e]);
+    return most;
+  }
+
+ private:
+  template <typename Call>
+  void with_indices(Call&& call) const {
+    if (indices_.scalar_type() == ScalarType::Int) return call(read<int32_t>(indices_));
+    call(read<int64_t>(indices_));
+  }
+
+  int64_t experts_, slots_, batch_;
+  Tensor indices_;
+  std::vector<int64_t> start_;
+  std::vector<int32_t> pair_, token_;
+};
+
+// A step, how many blocks of columns it has per expert, what a row of a block costs, and whether experts without rows need it.
+template <typename C>
+struct Work {
+  ExpertStep<C> step;
+  int64_t blocks, cost;
+  bool idle = false;
+};
+
+int64_t most_shares() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// All blocks of all experts, cut into shares of equal cost. Nothing that is computed depends on where the cuts are.
+template <typename C>
+void run(const Experts<C>& all, int64_t experts, std::initializer_list<Work<C>> works, C* packed, int64_t packed_size) {
+  const auto cost_of = [&](const Work<C>& work, int64_t expert) {
+    const int64_t rows = all.start[expert + 1] - all.start[expert];
+    return rows || work.idle ? (rows + kPackingRows) * work.cost : 0;
+  };
+  int64_t total = 0;
+  for (const auto& work : works)
+    for (int64_t e = 0; e < experts; e++) total += work.blocks * cost_of(work, e);
+  const int64_t shares = std::clamp<int64_t>(total / kShare, 1, most_shares());
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    const int64_t low = total * begin / shares, high = total * end / shares;
+    int64_t at = 0;
+    for (const auto& work : works)
+      for (int64_t e = 0; e < experts; e++) {
+        const int64_t cost = cost_of(work, e);
+        if (cost == 0) continue;
+        const auto block = [&](int64_t limit) {
+          return std::clamp<int64_t>((limit - at + cost - 1) / cost, 0, work.blocks);
+        };
+        if (block(low) < block(high)) work.step(all, e, block(low), block(high), packed + begin * packed_size);
+        at += work.blocks * cost;
+      }
+  });
+}
+
+// The arguments as the kernels read them: what had to be converted, and pointers into it.
+template <typename C>
+struct Arguments {
+  Tensor x, weights, gate_up, down;
+  int64_t tokens, experts;
+  Experts<C> all = {};
+
+  Arguments(const MoeExperts<C>& unit, ScalarType storage, const Tensor& x_, const Tensor& weights_, const Tensor& indices,
+            const Tensor& gate_up_, const Tensor& down_)
+      : x(rows_of(x_, kType<C>)),
+        weights(dense(as_type(weights_, kType<C>))),
+        gate_up(rows_of(gate_up_, storage)),
+        down(rows_of(down_, storage)),
+        tokens(x_.size(0)),
+        experts(gate_up_.size(0)) {
+    all.dim = x.size(1);
+    all.hidden = down.size(2);
+    all.slots = indices.size(1);
+    all.dim_stride = round_up(all.dim, unit.block);
+    all.hidden_stride = round_up(all.hidden, unit.block);
+    all.x = read<C>(x);
+    all.x_stride = x.stride(0);
+    all.weights = read<C>(weights);
+    all.gate_up = gate_up.const_data_ptr();
+    all.gate_up_expert = gate_up.stride(0);
+    all.gate_up_row = gate_up.stride(1);
+    all.down = down.const_data_ptr();
+    all.down_expert = down.stride(0);
+    all.down_row = down.stride(1);
+  }
+
+  // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows.
+  int64_t packed_size(const MoeExperts<C>& unit) const {
+    const int64_t block = unit.block * std::max(3 * all.dim, 2 * all.hidden);
+    return round_up(std::max<int64_t>(kPackedBytes / sizeof(C), block) + 17 * kDepthBlock, 64);
+  }
+};
+
+template <typename C>
+void combine(const MoeExperts<C>& unit, const Experts<C>& all, int64_t tokens, char* out) {
+  const int64_t grain = 1 + 65536 / (1 + all.slots * all.dim);
+  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) { unit.combine(all, begin, end, out); });
+}
+
+template <typename C>
+Tensor forward(const MoeExperts<C>& unit, ScalarType storage, const Tensor& x, const Tensor& weights, const Tensor& indices,
+               const Tensor& gate_up, const Tensor& down) {
+  Assignment pairs(indices, gate_up.size(0));
+  Arguments<C> a(unit, storage, x, weights, indices, gate_up, down);
+  Experts<C>& all = a.all;
+  const int64_t rows = pairs.batch() * all.slots, packed_size = a.packed_size(unit);
+  C* packed;
+  const Scratch<C> scratch{{&all.activation, rows * all.hidden_stride},
+                           {&all.by_pair, rows * all.dim_stride},
+                           {&packed, packed_size * most_shares()}};
+  const Tensor y = torch::stable::new_empty(x, {a.tokens, all.dim}, storage);
+  for (int64_t t = 0; t < a.tokens; t += pairs.batch()) {
+    const int64_t tokens = std::min(pairs.batch(), a.tokens - t);
+    pairs.sort(t, tokens, all);
+    run(all, a.experts, {Work<C>{unit.activate, (all.hidden + unit.vector - 1) / unit.vector, 2 * all.dim * unit.vector}},
+        packed, packed_size);
+    run(all, a.experts, {Work<C>{unit.project, all.dim_stride / unit.block, all.hidden * unit.block}}, packed, packed_size);
+    combine(unit, all, tokens, static_cast<char*>(y.mutable_data_ptr()) + t * all.dim * y.element_size());
+    all.x += tokens * all.x_stride;
+    all.weights += tokens * all.slots;
+  }
+  return as_type(y, x.scalar_type());
+}
+
+template <typename C>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MoeExperts<C>& unit, ScalarType storage, const Tensor& grad_,
+                                                    const Tensor& x, const Tensor& weights, const Tensor& indices,
+                                                    const Tensor& gate_up, const Tensor& down) {
+  Assignment pairs(indices, gate_up.size(0));
+  Arguments<C> a(unit, storage, x, weights, indices, gate_up, down);
+  Experts<C>& all = a.all;
+  const Tensor grad = rows_of(grad_, kType<C>);
+  all.grad = read<C>(grad);
+  all.grad_stride = grad.stride(0);
+  const int64_t rows = pairs.batch() * all.slots, packed_size = a.packed_size(unit);
+  const int64_t blocks = all.hidden_stride / unit.block;
+  C* packed;
+  const Scratch<C> scratch{{&all.activation, rows * all.hidden_stride}, {&all.grad_gate, rows * all.hidden_stride},
+                           {&all.grad_up, rows * all.hidden_stride},    {&all.by_pair, rows * all.dim_stride},
+                           {&all.dots, rows * blocks},                  {&packed, packed_size * most_shares()}};
+  pairs.sort(0, std::min(pairs.batch(), a.tokens), all);
+  // A gradient that is stored more than once keeps the precision of its sum between.
+  const bool once = a.tokens <= pairs.batch() && pairs.most_rows() <= kDepthBlock;
+  const ScalarType sums = once ? storage : kType<C>;
+  const auto step_gate_up = once ? unit.gradient_gate_up : unit.accumulate_gate_up;
+  const auto step_down = once ? unit.gradient_down : unit.accumulate_down;
+  const Tensor grad_x = torch::stable::new_empty(x, {a.tokens, all.dim}, storage);
+  const Tensor grad_weights = torch::stable::new_empty(x, {a.tokens, all.slots}, kType<C>);
+  const Tensor grad_gate_up = torch::stable::new_empty(x, {a.experts, 2 * all.hidden, all.dim}, sums);
+  const Tensor grad_down = torch::stable::new_empty(x, {a.experts, all.dim, all.hidden}, sums);
+  all.grad_gate_up = grad_gate_up.mutable_data_ptr();
+  all.grad_down = grad_down.mutable_data_ptr();
+  all.first = true;
+  for (int64_t t = 0; t < std::max<int64_t>(a.tokens, 1); t += pairs.batch(), all.first = false) {
+    const int64_t tokens = std::min(pairs.batch(), a.tokens - t);
+    if (t) pairs.sort(t, tokens, all);
+    run(all, a.experts, {Work<C>{unit.differentiate, blocks, 3 * all.dim * unit.block}}, packed, packed_size);
+    run(all, a.experts,
+        {Work<C>{unit.project_back, all.dim_stride / unit.block, 2 * all.hidden * unit.block},
+         Work<C>{step_gate_up, all.dim_stride / unit.block, 2 * all.hidden * unit.block, all.first},
+         Work<C>{step_down, blocks, all.dim * unit.block, all.first}},
+        packed, packed_size);
+    combine(unit, all, tokens, static_cast<char*>(grad_x.mutable_data_ptr()) + t * all.dim * grad_x.element_size());
+    C* grad_weight = write<C>(grad_weights) + t * all.slots;
+    for (int64_t i = 0; i < tokens * all.slots; i++) {
+      grad_weight[i] = 0;
+      for (int64_t b = 0; b < blocks; b++) grad_weight[i] += all.dots[i * blocks + b];
+    }
+    all.x += tokens * all.x_stride;
+    all.grad += tokens * all.grad_stride;
+    all.weights += tokens * all.slots;
+  }
+  const ScalarType type = x.scalar_type();
+  return {as_type(grad_x, type), as_type(grad_weights, weights.scalar_type()), as_type(grad_gate_up, type),
+          as_type(grad_down, type)};
+}
+
+void check(const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& gate_up, const Tensor& down) {
+  STD_TORCH_CHECK(x.dim() == 2 && weights.dim() == 2 && indices.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3,
+                  "moe_experts: expected x (T, D), weights (T, k), indices (T, k), w_gate_up (E, 2F, D), w_down (E, D, F)");
+  STD_TORCH_CHECK(gate_up.size(2) == x.size(1) && down.size(0) == gate_up.size(0) && down.size(1) == x.size(1) &&
+                      2 * down.size(2) == gate_up.size(1),
+                  "moe_experts: w_gate_up must be (E, 2F, D) and w_down (E, D, F) with the D of x");
+  STD_TORCH_CHECK(weights.size(0) == x.size(0) && indices.size(0) == x.size(0) && weights.size(1) == indices.size(1),
+                  "moe_experts: weights and indices must be (T, k) with the T of x");
+  STD_TORCH_CHECK(gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(),
+                  "moe_experts: x, w_gate_up and w_down must have one dtype");
+}
+
+// call(unit, storage type) for the type that tensors of x's dtype are kept in.
+template <typename Call>
+auto with_unit(const Tensor& x, Call&& call) {
+  const Moe& moe = unit().moe;
+  if (x.scalar_type() == ScalarType::Double) return call(moe.f64, ScalarType::Double);
+  if (x.scalar_type() == ScalarType::BFloat16) return call(moe.bf16, ScalarType::BFloat16);
+  return call(moe.f32, ScalarType::Float);
+}
+
+Tensor moe_experts(const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& gate_up,
+                   const Tensor& down) {
+  check(x, weights, indices, gate_up, down);
+  return with_unit(x, [&](const auto& unit, ScalarType storage) {
+    return forward(unit, storage, x, weights, indices, gate_up, down);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& weights,
+                                                                const Tensor& indices, const Tensor& gate_up,
+                                                                const Tensor& down) {
+  check(x, weights, indices, gate_up, down);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1),
+                  "moe_experts_backward: grad must be (T, D), the shape of x");
+  return with_unit(x, [&](const auto& unit, ScalarType storage) {
+    return backward(unit, storage, grad, x, weights, indices, gate_up, down);
+  });
+}
+
+// call(first, count) with scratch for one thread, over tokens of `experts` logits.
+template <typename C, typename Call>
+void for_tokens(int64_t tokens, int64_t experts, Call&& call) {
+  torch::stable::parallel_for(0, tokens, 1 + 16384 / (experts + 1), [&](int64_t begin, int64_t end) {
+    std::vector<C> scratch(3 * (experts + 64));
+    call(begin, end - begin, scratch.data());
+  });
+}
+
+template <typename C>
+std::tuple<Tensor, Tensor> route(const MoeRoute<C>& unit, const Tensor& logits_, int64_t top_k,
+                                 const std::optional<Tensor>& bias_, bool renormalize) {
+  const Tensor logits = dense(as_type(logits_, kType<C>));
+  const Tensor bias = bias_ ? dense(as_type(*bias_, kType<C>)) : logits;
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
+  Tensor indices = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Int);
+  for_tokens<C>(tokens, experts, [&](int64_t first, int64_t count, C* scratch) {
+    unit.forward(read<C>(logits) + first * experts, bias_ ? read<C>(bias) : nullptr, count, experts, top_k, renormalize,
+                 write<C>(weights) + first * top_k, write<int32_t>(indices) + first * top_k, scratch);
+  });
+  return {weights, indices};
+}
+
+template <typename C>
+Tensor route_backward(const MoeRoute<C>& unit, const Tensor& grad_, const Tensor& logits_, const Tensor& indices_,
+                      bool renormalize) {
+  const Tensor grad = dense(as_type(grad_, kType<C>)), logits = dense(as_type(logits_, kType<C>));
+  const Tensor indices = dense(as_type(indices_, ScalarType::Int));
+  const int64_t tokens = logits.size(0), experts = logits.size(1), top_k = grad.size(1);
+  const int32_t* index = read<int32_t>(indices);
+  for (int64_t i = 0; i < tokens * top_k; i++)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < experts, "moe_route_backward: indices holds ", index[i], "; expected 0 … ",
+                    experts - 1);
+  Tensor grad_logits = torch::stable::new_empty(logits, {tokens, experts});
+  for_tokens<C>(tokens, experts, [&](int64_t first, int64_t count, C* scratch) {
+    unit.backward(read<C>(grad) + first * top_k, read<C>(logits) + first * experts, index + first * top_k, count, experts,
+                  top_k, renormalize, write<C>(grad_logits) + first * experts, scratch);
+  });
+  return as_type(grad_logits, logits_.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k, std::optional<Tensor> bias, bool renormalize) {
+  STD_TORCH_CHECK(logits.dim() == 2, "moe_route: logits must be (T, E)");
+  STD_TORCH_CHECK(1 <= top_k && top_k <= logits.size(1), "moe_route: top_k is ", top_k, "; expected 1 … ", logits.size(1));
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == logits.size(1)), "moe_route: bias must be (E,)");
+  const Moe& moe = unit().moe;
+  if (logits.scalar_type() == ScalarType::Double) return route(moe.route_f64, logits, top_k, bias, renormalize);
+  return route(moe.route_f32, logits, top_k, bias, renormalize);
+}
+
+Tensor moe_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& indices, bool renormalize) {
+  STD_TORCH_CHECK(logits.dim() == 2 && grad.dim() == 2 && indices.dim() == 2 && grad.size(0) == logits.size(0) &&
+                      indices.size(0) == grad.size(0) && indices.size(1) == grad.size(1) && grad.size(1) <= logits.size(1),
+                  "moe_route_backward: expected grad (T, k), logits (T, E) and indices (T, k)");
+  const Moe& moe = unit().moe;
+  if (logits.scalar_type() == ScalarType::Double)
+    return route_backward(moe.route_f64, grad, logits, indices, renormalize);
+  return route_backward(moe.route_f32, grad, logits, indices, renormalize);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
+  m.impl("moe_route", TORCH_BOX(&moe_route));
+  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
+  m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("moe_experts_backward", TORCH_BOX(&moe_experts_backward));
+}

@@ -5,10 +5,11 @@
 // registers very slowly, hence one unit per width.
 #include "unit.h"
 
+#include "group_layer_norm_unit.h"
 #include "rq_nearest_unit.h"
 
 namespace genrec {
 
-const Unit UNIT = {UNIT_NAME, rq_nearest_unit()};
+const Unit UNIT = {UNIT_NAME, rq_nearest_unit(), group_layer_norm_unit()};
 
 }  // namespace genrec

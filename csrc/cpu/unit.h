@@ -3,6 +3,7 @@
 // no vectors, the units see vectors and no torch.
 #pragma once
 
+#include "group_layer_norm.h"
 #include "rq_nearest.h"
 
 namespace genrec {
@@ -10,6 +11,7 @@ namespace genrec {
 struct Unit {
   const char* name;
   RqNearest rq_nearest;
+  GroupLayerNorm group_layer_norm;
 };
 
 // The widest unit that this CPU has and that the environment variable GENREC_CPU_ISA, if set, does not forbid.

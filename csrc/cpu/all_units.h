@@ -5,12 +5,13 @@
 // registers very slowly, hence one unit per width.
 #include "unit.h"
 
+#include "group_layer_norm_unit.h"
 #include "moe_unit.h"
 #include "relu_attention_unit.h"
 #include "rq_nearest_unit.h"
 
 namespace genrec {
 
-const Unit UNIT = {UNIT_NAME, relu_attention_unit(), moe_unit(), rq_nearest_unit()};
+const Unit UNIT = {UNIT_NAME, relu_attention_unit(), group_layer_norm_unit(), moe_unit(), rq_nearest_unit()};
 
 }  // namespace genrec

@@ -11,35 +11,35 @@ namespace {
 constexpr int kTileVectors = 2;
 template <typename C> constexpr int64_t kTileColumns = kTileVectors * kWidth<C>;
 
-template <int ROWS, typename C>
+template <int ROWS, typename C, int VECTORS = kTileVectors>
 struct Tile {
-  Vec<C> sum[ROWS][kTileVectors];
+  Vec<C> sum[ROWS][VECTORS];
 };
 
-// tile += a · b, where row r of a starts at a[r], its elements a_step apart, and b is (depth, kTileColumns), contiguous along
-// the columns.
-template <int ROWS, typename C>
-inline __attribute__((always_inline)) void multiply(Tile<ROWS, C>& tile, const C* const (&a)[ROWS], int64_t a_step,
+// tile += a · b, where row r of a starts at a[r], its elements a_step apart, and b is (depth, columns of the tile), contiguous
+// along the columns.
+template <int ROWS, typename C, int VECTORS>
+inline __attribute__((always_inline)) void multiply(Tile<ROWS, C, VECTORS>& tile, const C* const (&a)[ROWS], int64_t a_step,
                                                     const C* b, int64_t b_step, int64_t depth) {
   for (int64_t d = 0; d < depth; d++) {
-    Vec<C> columns[kTileVectors];
+    Vec<C> columns[VECTORS];
 #pragma GCC unroll 4
-    for (int h = 0; h < kTileVectors; h++) columns[h] = load(b + d * b_step + h * kWidth<C>);
-#pragma GCC unroll 16
+    for (int h = 0; h < VECTORS; h++) columns[h] = load(b + d * b_step + h * kWidth<C>);
+#pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++) {
       const C value = a[r][d * a_step];
 #pragma GCC unroll 4
-      for (int h = 0; h < kTileVectors; h++) tile.sum[r][h] += value * columns[h];
+      for (int h = 0; h < VECTORS; h++) tile.sum[r][h] += value * columns[h];
     }
   }
 }
 
 // The same for rows of a that are a_row apart.
-template <int ROWS, typename C>
-inline __attribute__((always_inline)) void multiply(Tile<ROWS, C>& tile, const C* a, int64_t a_row, int64_t a_step,
+template <int ROWS, typename C, int VECTORS>
+inline __attribute__((always_inline)) void multiply(Tile<ROWS, C, VECTORS>& tile, const C* a, int64_t a_row, int64_t a_step,
                                                     const C* b, int64_t b_step, int64_t depth) {
   const C* rows[ROWS];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < ROWS; r++) rows[r] = a + r * a_row;
   multiply(tile, rows, a_step, b, b_step, depth);
 }

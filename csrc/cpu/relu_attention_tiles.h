@@ -67,39 +67,6 @@ inline bool pack_rows(const Matrix& matrix, int64_t first, int64_t count, int64_
   return sum<C>(zeros) == 0;
 }
 
-template <int... I> struct Indices {};
-template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I> struct Count<0, I...> { using type = Indices<I...>; };
-
-// a and b interleaved, starting in the middle of both if HIGH.
-template <int HIGH, typename C, int... I>
-inline Vec<C> zip(const Vec<C>& a, const Vec<C>& b, Indices<I...>) {
-  constexpr int width = kWidth<C>;
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (I / 2 + HIGH * width / 2 + I % 2 * width)...);
-#else
-  return __builtin_shuffle(a, b, Ints<C>{(I / 2 + HIGH * width / 2 + I % 2 * width)...});
-#endif
-}
-
-// A square of vectors transposed: interleaving rows i and i + half, once per bit of the width.
-template <typename C>
-inline void transpose(Vec<C> (&rows)[kWidth<C>]) {
-  constexpr int width = kWidth<C>;
-  typename Count<width>::type indices;
-#pragma GCC unroll 4
-  for (int round = 1; round < width; round *= 2) {
-    Vec<C> next[width];
-#pragma GCC unroll 8
-    for (int i = 0; i < width / 2; i++) {
-      next[2 * i] = zip<0, C>(rows[i], rows[i + width / 2], indices);
-      next[2 * i + 1] = zip<1, C>(rows[i], rows[i + width / 2], indices);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < width; i++) rows[i] = next[i];
-  }
-}
-
 // Panels of the transposed matrix, step by step the columns of kTileColumns rows; rows past `count` are 0.
 template <typename S>
 inline void pack_panels(const Matrix& matrix, int64_t first, int64_t count, int64_t columns, Compute<S>* packed) {

@@ -1,111 +1,125 @@
-// genrec::rq_nearest on the CPU: every row block goes through all levels while its residuals are in cache.
+// genrec::rq_nearest and its backward pass on the CPU. A level is searched by rows and by codes at once, whichever there are
+// more of: the nearest of a range of codes is merged in the order of the ranges, so the cut shows in no result.
+#include "tensor.h"
 #include "unit.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <cstring>
-#include <limits>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 namespace {
 
+using genrec::as_type;
+using genrec::Codes;
 using genrec::IndexOf;
 using genrec::Nearest;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using genrec::read;
+using genrec::ScalarType;
+using genrec::Tensor;
+using genrec::write;
+using torch::stable::parallel_for;
 
-constexpr int64_t kRowBlock = 384;  // a multiple of every tile
+constexpr int64_t kRows = 256;       // searched together: a multiple of every panel
+constexpr int64_t kCodes = 48;       // a range is a multiple of it: whole tiles in every unit
+constexpr int64_t kWork = 1 << 20;   // multiplications that are worth a thread
+constexpr int64_t kGrain = 32768;    // elements that are
+
+int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// Tasks that are worth a thread, each of them this much work.
+int64_t grain(int64_t worth, int64_t work) { return std::max<int64_t>(1, worth / std::max<int64_t>(1, work)); }
 
 template <typename T>
-struct Codebook {
-  const T* codes;  // (size, dim)
-  int64_t size, panels;
-  std::vector<T> packed, squares;
+std::unique_ptr<T[]> uninitialized(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+template <typename C>
+struct Search {
+  const Nearest<C>& unit;
+  int64_t rows, dim;
+  int64_t groups = pieces(rows, kRows);
+  std::unique_ptr<C[]> panels = uninitialized<C>(groups * kRows * dim);  // the residuals
+
+  C* group(int64_t g) const { return panels.get() + g * kRows * dim; }
+  int64_t rows_of(int64_t g) const { return std::min(kRows, rows - g * kRows); }
+
+  void start(const Tensor& x, C* total) const {
+    const C* data = read<C>(x);
+    const int64_t row = x.stride(0), column = x.stride(1);
+    parallel_for(0, groups, grain(kGrain, kRows * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; g++) unit.pack(data + g * kRows * row, row, column, rows_of(g), dim, group(g));
+      std::fill(total + begin * kRows * dim, total + std::min(end * kRows, rows) * dim, C(0));
+    });
+  }
+
+  // chosen[i * step] = the code nearest to row i.
+  void search(const Codes& codes, int64_t size, int64_t* chosen, int64_t step) const {
+    const int64_t wanted = pieces(16 * torch::stable::get_num_threads(), groups);
+    const int64_t range = pieces(pieces(size, wanted), kCodes) * kCodes, ranges = pieces(size, range);
+    const auto distance = uninitialized<C>(ranges * groups * kRows);
+    const auto index = uninitialized<typename IndexOf<C>::type>(ranges * groups * kRows);
+    const auto task = [&](int64_t r, int64_t g) { return (r * groups + g) * kRows; };
+
+    const int64_t work = std::min(rows, kRows) * range * dim;
+    parallel_for(0, ranges * groups, grain(kWork, work), [&](int64_t begin, int64_t end) {
+      const auto scratch = uninitialized<C>(unit.scratch(dim));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t r = i / groups, g = i % groups, at = task(r, g);
+        unit.search(group(g), rows_of(g), codes, r * range, std::min(size, (r + 1) * range), scratch.get(),
+                    distance.get() + at, index.get() + at);
+      }
+    });
+    for (int64_t i = 0; i < rows; i++) {
+      int64_t best = i;
+      for (int64_t r = 1; r < ranges; r++)
+        if (const int64_t at = task(r, 0) + i; distance[at] < distance[best]) best = at;
+      chosen[i * step] = index[best];
+    }
+  }
+
+  void take(const Codes& codes, const int64_t* chosen, int64_t step, C* total, bool last) const {
+    parallel_for(0, groups, grain(kGrain, kRows * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; g++)
+        unit.take(codes, chosen + g * kRows * step, step, rows_of(g), total + g * kRows * dim, last ? nullptr : group(g));
+    });
+  }
 };
 
-// The codes as panels, and their squared norms; the codes that fill up the last panel are infinitely far away.
-template <typename T>
-Codebook<T> pack(const T* codes, int64_t size, int64_t dim, int64_t lanes) {
-  const int64_t panels = (size + lanes - 1) / lanes;
-  Codebook<T> book{codes, size, panels, std::vector<T>(panels * lanes * dim),
-                   std::vector<T>(panels * lanes, std::numeric_limits<T>::infinity())};
-  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 65536 / (lanes * std::max<int64_t>(dim, 1))),
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin * lanes; k < std::min(end * lanes, size); k++) {
-      const T* code = codes + k * dim;
-      T* column = book.packed.data() + (k / lanes) * lanes * dim + k % lanes;
-      T square = 0;
-      for (int64_t d = 0; d < dim; d++) {
-        column[d * lanes] = code[d];
-        square += code[d] * code[d];
-      }
-      book.squares[k] = square;
-    }
-  });
-  return book;
-}
-
-template <typename T>
-void search(const Nearest<T>& nearest, const T* x, int64_t rows, int64_t dim, const std::vector<Codebook<T>>& books,
-            int64_t* codes, T* quantized) {
-  const int64_t levels = books.size(), blocks = (rows + kRowBlock - 1) / kRowBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t room = std::min(kRowBlock, (rows + nearest.tile - 1) / nearest.tile * nearest.tile);
-    std::vector<T> residual(room * dim), best(room * nearest.panel);
-    std::vector<typename IndexOf<T>::type> index(room * nearest.panel);
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t first = block * kRowBlock, count = std::min(kRowBlock, rows - first);
-      std::memcpy(residual.data(), x + first * dim, count * dim * sizeof(T));
-      for (int64_t level = 0; level < levels; level++) {
-        const auto& book = books[level];
-        nearest.search(residual.data(), count, dim, book.packed.data(), book.squares.data(), book.panels, best.data(),
-                       index.data(), codes + first * levels + level, levels);
-        for (int64_t i = 0; i < count; i++) {
-          const T* code = book.codes + codes[(first + i) * levels + level] * dim;
-          T *left = residual.data() + i * dim, *sum = quantized + (first + i) * dim;
-          for (int64_t d = 0; d < dim; d++) {
-            left[d] -= code[d];
-            sum[d] = level ? sum[d] + code[d] : code[d];
-          }
-        }
-      }
-    }
-  });
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> run(const Nearest<T>& nearest, const Tensor& x, const std::vector<Tensor>& codebooks,
-                               ScalarType wide) {
+template <typename C>
+std::tuple<Tensor, Tensor> run(const Nearest<C>& unit, const Tensor& x, const std::vector<Tensor>& codebooks,
+                               ScalarType wide, ScalarType storage) {
   const int64_t rows = x.size(0), dim = x.size(1), levels = codebooks.size();
-  const ScalarType out_type = codebooks[0].scalar_type();
-  const Tensor input = contiguous(to(x, wide));
-  std::vector<Tensor> keep;  // the codebooks in `wide`, alive while `books` points into them
-  std::vector<Codebook<T>> books;
-  for (const Tensor& codebook : codebooks) {
-    STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) > 0 && codebook.size(1) == dim,
-                    "rq_nearest: every codebook must be (K, D) with K at least 1 and the D of x");
-    keep.push_back(contiguous(to(codebook, wide)));
-    books.push_back(pack(static_cast<const T*>(keep.back().const_data_ptr()), codebook.size(0), dim, nearest.panel));
-  }
   Tensor codes = torch::stable::new_empty(x, {rows, levels}, ScalarType::Long);
   Tensor quantized = torch::stable::new_empty(x, {rows, dim}, wide);
-  search(nearest, static_cast<const T*>(input.const_data_ptr()), rows, dim, books,
-         static_cast<int64_t*>(codes.mutable_data_ptr()), static_cast<T*>(quantized.mutable_data_ptr()));
-  return {wide == out_type ? quantized : to(quantized, out_type), codes};
+  if (rows == 0) return {as_type(quantized, codebooks[0].scalar_type()), codes};
+  int64_t* chosen = write<int64_t>(codes);
+  C* total = write<C>(quantized);
+  const Search<C> search{unit, rows, dim};
+  search.start(as_type(x, wide), total);
+  for (int64_t level = 0; level < levels; level++) {
+    Tensor book = as_type(codebooks[level], storage);
+    if (book.stride(1) != 1) book = torch::stable::contiguous(book);
+    const Codes all{book.const_data_ptr(), book.stride(0), dim};
+    search.search(all, book.size(0), chosen + level, levels);
+    search.take(all, chosen + level, levels, total, level + 1 == levels);
+  }
+  return {as_type(quantized, codebooks[0].scalar_type()), codes};
 }
 
 std::tuple<Tensor, Tensor> rq_nearest(const Tensor& x, std::vector<Tensor> codebooks) {
   STD_TORCH_CHECK(x.dim() == 2 && !codebooks.empty(), "rq_nearest: x must be (N, D) and codebooks not empty");
+  const ScalarType type = codebooks[0].scalar_type();
+  for (const Tensor& book : codebooks)
+    STD_TORCH_CHECK(book.dim() == 2 && book.size(0) > 0 && book.size(0) < int64_t(1) << 31 && book.size(1) == x.size(1) &&
+                        book.scalar_type() == type,
+                    "rq_nearest: every codebook must be (K, D) with K at least 1, the D of x and one dtype");
   const genrec::RqNearest& unit = genrec::unit().rq_nearest;
-  if (x.scalar_type() == ScalarType::Double || codebooks[0].scalar_type() == ScalarType::Double)
-    return run(unit.f64, x, codebooks, ScalarType::Double);
-  return run(unit.f32, x, codebooks, ScalarType::Float);
+  if (x.scalar_type() == ScalarType::Double || type == ScalarType::Double)
+    return run(unit.f64, x, codebooks, ScalarType::Double, ScalarType::Double);
+  if (type == ScalarType::BFloat16) return run(unit.bf16, x, codebooks, ScalarType::Float, ScalarType::BFloat16);
+  return run(unit.f32, x, codebooks, ScalarType::Float, ScalarType::Float);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // no vectors, the units see vectors and no torch.
 #pragma once
 
+#include "group_layer_norm.h"
 #include "moe.h"
 #include "relu_attention.h"
 #include "rq_nearest.h"
@@ -12,6 +13,7 @@ namespace genrec {
 struct Unit {
   const char* name;
   ReluAttention relu_attention;
+  GroupLayerNorm group_layer_norm;
   Moe moe;
   RqNearest rq_nearest;
 };

@@ -39,7 +39,7 @@ def _forward(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: fl
 def _forward_add(
     x: Tensor, residual: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    s = _sum(x, residual)
+    s = _sum(x, residual).contiguous()
     return _forward(s, group_ids, weight, bias, eps), s
 
 
@@ -48,7 +48,13 @@ def _sum(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, s: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor,
+    s: Tensor,
+    group_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, group = _wide(s), _rows(group_ids, len(weight))
     grad = grad.to(wide.dtype)
@@ -56,6 +62,8 @@ def _backward(
     normed, mean, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
     g = grad * _affine(weight.to(wide.dtype)).index_select(0, group).view(s.shape)
     grad_s = torch.ops.aten.native_layer_norm_backward(g, wide, shape, mean, rstd, None, None, [True, False, False])[0]
+    if grad_sum is not None:
+        grad_s = grad_s + grad_sum
     zeros = torch.zeros(len(weight) + 1, *shape, dtype=wide.dtype, device=wide.device)
     grad_weight = zeros.index_add(0, group, (grad * normed).reshape(-1, *shape))[:-1]
     grad_bias = zeros.index_add(0, group, grad.reshape(-1, *shape))[:-1]
@@ -69,12 +77,18 @@ def _fake(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 def _fake_add(
     x: Tensor, residual: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    s = _sum(x, residual)  # its strides follow those of x and residual
-    return s.new_empty(s.shape), s
+    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return torch.empty_like(s), s
 
 
 def _fake_backward(
-    grad: Tensor, s: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor,
+    s: Tensor,
+    group_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return s.new_empty(s.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
@@ -88,6 +102,7 @@ def _setup_context_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, residual, *tensors, ctx.eps = inputs
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -95,11 +110,12 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, grad_weight, grad_bias, None
 
 
-def _differentiate_add(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Any, ...]:
-    grad_s, grad_weight, grad_bias = torch.ops.genrec.group_layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
-    grad_s = grad_s + grad_sum
+def _differentiate_add(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None) -> tuple[Any, ...]:
+    s, *tensors = ctx.saved_tensors
+    grad = torch.zeros_like(s) if grad is None else grad
+    grad_s, *grad_affine = torch.ops.genrec.group_layer_norm_backward(grad, s, *tensors, ctx.eps, grad_sum)
     dtype_x, dtype_residual = ctx.dtypes
-    return grad_s.to(dtype_x), grad_s.to(dtype_residual), None, grad_weight, grad_bias, None
+    return grad_s.to(dtype_x), grad_s.to(dtype_residual), None, *grad_affine, None
 
 
 AFFINE = "Tensor group_ids, Tensor weight, Tensor bias, float eps"
@@ -118,7 +134,7 @@ define(
     backward=_differentiate_add,
 )
 define(
-    f"group_layer_norm_backward(Tensor grad, Tensor s, {AFFINE}) -> (Tensor, Tensor, Tensor)",
+    f"group_layer_norm_backward(Tensor grad, Tensor s, {AFFINE}, Tensor? grad_sum=None) -> (Tensor, Tensor, Tensor)",
     impl=_backward,
     fake=_fake_backward,
 )

@@ -42,7 +42,7 @@ struct Scratch {
 
 // A vector from row i, column j on; 0 past the last column.
 template <typename S>
-inline Vec<Compute<S>> part(const Matrix& matrix, int64_t i, int64_t j, int64_t columns) {
+inline Vec<Compute<S>> part(Matrix matrix, int64_t i, int64_t j, int64_t columns) {
   using C = Compute<S>;
   const S* at = static_cast<const S*>(matrix.data) + i * matrix.row + j * matrix.column;
   if (matrix.column == 1 && j + kWidth<C> <= columns) return load(at);
@@ -53,7 +53,7 @@ inline Vec<Compute<S>> part(const Matrix& matrix, int64_t i, int64_t j, int64_t 
 
 // packed[i][j] = change(matrix[first + i][j], i), filled up to whole tiles with zeros. Returns whether all is finite.
 template <typename S, typename Change>
-inline bool pack_rows(const Matrix& matrix, int64_t first, int64_t count, int64_t columns, Compute<S>* packed,
+inline bool pack_rows(Matrix matrix, int64_t first, int64_t count, int64_t columns, Compute<S>* packed,
                       const Change& change) {
   using C = Compute<S>;
   const int64_t wide = pitch<C>(columns);
@@ -69,7 +69,7 @@ inline bool pack_rows(const Matrix& matrix, int64_t first, int64_t count, int64_
 
 // Panels of the transposed matrix, step by step the columns of kTileColumns rows; rows past `count` are 0.
 template <typename S>
-inline void pack_panels(const Matrix& matrix, int64_t first, int64_t count, int64_t columns, Compute<S>* packed) {
+inline void pack_panels(Matrix matrix, int64_t first, int64_t count, int64_t columns, Compute<S>* packed) {
   using C = Compute<S>;
   constexpr int64_t width = kWidth<C>, panel = kTileColumns<C>;
   for (int64_t p = 0; p < count; p += panel, packed += panel * columns)
@@ -224,7 +224,7 @@ inline void clear(C* memory, int64_t size) {
 
 // matrix[first + i][j] = change(packed[i][j], i); the columns of what we write are contiguous.
 template <typename S, typename Change>
-inline void unpack_rows(const Compute<S>* packed, const Matrix& matrix, int64_t first, int64_t count, int64_t columns,
+inline void unpack_rows(const Compute<S>* packed, Matrix matrix, int64_t first, int64_t count, int64_t columns,
                         const Change& change) {
   using C = Compute<S>;
   for (int64_t i = 0; i < count; i++) {

@@ -198,6 +198,8 @@ def check(job: Job) -> Outcome:
         launches += len(kernels)
         for image in kernels:
             images.setdefault(image.metadata.hash, image)
+    if not launches and not wrong:
+        wrong.append(f"{job.module} in {dtype} for sm_{job.arch} launches nothing; expected examples of every kernel")
     found = resources(_operator(job.module), dtype, list(images.values()))
     wrong += [fault for one in found for fault in faults(one, getattr(module, "EXACT", ()))]
     return Outcome(launches, found, wrong)
@@ -235,7 +237,7 @@ def report(modules: Sequence[str], archs: Sequence[int]) -> int:
     wrong = sorted({fault for outcome in outcomes for fault in outcome.faults})
     console.print(_table(found))
     for fault in wrong:
-        console.print(fault, style="red", soft_wrap=True, highlight=False)
+        console.print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
     launches, seconds = sum(outcome.launches for outcome in outcomes), time.perf_counter() - start
     console.print(f"{len(found)} kernels of {launches} launches compiled in {seconds:.0f} s, faults: {len(wrong)}")
     return 1 if wrong else 0

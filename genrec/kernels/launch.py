@@ -45,12 +45,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if target is not None:
         target.record(kernel, grid, args, constants)
     elif 0 not in grid:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        device = _device_of(args)
+        if device < 0 or device == torch.cuda.current_device():
+            kernel[grid](*args, **constants)
+        else:
             with torch.cuda.device(device):
                 kernel[grid](*args, **constants)
-        else:
-            kernel[grid](*args, **constants)
+
+
+def _device_of(args: tuple[Any, ...]) -> int:
+    """The index of the GPU, -1 for the CPU."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.get_device()
+    raise TypeError("a kernel is launched without a tensor; expected one, whose device it runs on")
 
 
 @functools.cache
@@ -77,10 +85,9 @@ class Table:
 
     def config(self, kernel: str, tensor: Tensor, **sizes: int) -> dict[str, int]:
         """The launch of `kernel` for the tensor's device and dtype and the sizes that the table asks for."""
-        arch, dtype = architecture(tensor.device), DTYPES[tensor.dtype]
-        key = (kernel, arch, dtype, *sizes.items())
+        key = (kernel, tensor.dtype, target.arch if target else tensor.get_device(), *sizes.items())
         if key not in self.found:
-            row = self.row(kernel, arch, dtype, sizes)
+            row = self.row(kernel, architecture(tensor.device), DTYPES[tensor.dtype], sizes)
             self.found[key] = row, launch_of(row)
         return self.found[key][1]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 from triton import knobs
 
-from genrec.kernels import machine_code
+from genrec.kernels import compilation, machine_code
 from genrec.kernels.compilation import REGISTERS, SHARED, TENSOR_MEMORY, Image, Job, Resources, check, faults, report
 
 FINE = Resources("toy", "multiply", 86, "fp16", "a case", 99 * 1024, 512, 256, 255, 0, 1, 0, 0, frozenset({"HMMA"}))
@@ -124,6 +125,13 @@ def test_instructions_are_those_of_each_kernel_alone(compiler, arch, tmp_path):
         lines = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?(.*?) *;", listing)
         assert len(lines) > 20
         assert names == {line.split()[0].partition(".")[0] for line in lines}
+
+
+def test_a_module_that_launches_nothing_is_a_fault(monkeypatch):
+    monkeypatch.setitem(sys.modules, "idle", SimpleNamespace(examples=lambda dtype: iter([("a case", lambda: None)])))
+    monkeypatch.setattr(compilation, "obstacle", lambda: None)
+    outcome = check(Job("idle", torch.float16, 80))
+    assert outcome.faults == ["idle in fp16 for sm_80 launches nothing; expected examples of every kernel"]
 
 
 def test_the_report_names_every_fault_and_fails(no_interpreter, capsys):

@@ -79,15 +79,18 @@ def test_many_experts(e, k):
     torch.testing.assert_close(weights, expected)
 
 
+@pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):RuntimeWarning")  # numpy's, of what is tested
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_routing_of_what_is_not_finite(renormalize):
     """Every index stays one of an expert, and is the definition's."""
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[0, 1, nan, 2], [nan] * 4, [-inf] * 4, [-inf, 1, -inf, 0], [0, inf, 1, 2]], device=DEVICE)
-    weights, indices = moe_route(logits, 3, renormalize=renormalize)
-    expected, order = reference.moe_route(logits, 3, renormalize=renormalize)
-    assert torch.equal(indices, order)
-    torch.testing.assert_close(weights, expected, equal_nan=True)
+    negative = torch.tensor([0, 0, -(2**22), 0], dtype=torch.int32, device=DEVICE).view(torch.float32)  # a NaN
+    for bias in (None, negative):
+        weights, indices = moe_route(logits, 3, bias=bias, renormalize=renormalize)
+        expected, order = reference.moe_route(logits, 3, bias=bias, renormalize=renormalize)
+        assert torch.equal(indices, order)
+        torch.testing.assert_close(weights, expected, equal_nan=True)
 
 
 @DTYPES
@@ -234,6 +237,15 @@ def test_an_index_that_is_no_expert(stray, exact_dots):
     weights[4, 1] = 0  # nothing of this pair in the experts' gradients
     for ours, expected in zip(grad_experts, backward(x, weights, indices)[2:], strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_rows_of_pairs_without_expert_are_not_read():
+    from genrec.kernels.moe.triton_experts import combine
+
+    indices = torch.tensor([[0, 1], [1, -1], [2, 0]], device=DEVICE)
+    y = combine(torch.ones(6, 5, device=DEVICE), torch.full((3, 2), 2.0, device=DEVICE), indices, 2)
+    assert y[0].eq(4).all()
+    assert y[1:].isnan().all()
 
 
 def test_ffn():

@@ -5,8 +5,8 @@
     triton_experts.py   the experts, forward
     triton_backward.py  the experts, backward
 
-An index outside [0, E) is never followed: its token's output, its token's gradient and its own weight's gradient are NaN, and the experts'
-gradients leave it out.
+An index outside [0, E) is never followed. NaN shows it: the output and gradient of its token, and the gradient of its
+weight. The gradients of the experts leave it out.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """SwiGLU experts on the GPU, backward: every gradient from the inputs alone, nothing saved by the forward pass.
 
     B = dY Wd     dw = ⟨B, A⟩     dA = w ⊙ B     dU = dA ⊙ silu(G)     dG = dA ⊙ U ⊙ silu'(G)
@@ -6,8 +7,9 @@
   1. hidden_backward: G, U and B share the inner dimension D and one loop: three products in one program. Its epilogue
      writes [dG, dU] (T·k, 2F) and w ⊙ A (T·k, F) in the order of the experts, and ⟨B, A⟩ over its own columns.
   2. weights_gradient: sums these partial products over the column tiles, left to right.
-  3. expert_gradient, for dWd and then dWgu: one program per tile of one expert's weight goes through the expert's rows in
-     order and gathers X or dY by token. Experts without rows write zeros.
+  3. expert_gradient, for dWd and then dWgu: one program per tile of one expert's weight goes through the expert's rows
+     in order and gathers dY or X by token. Experts without rows write zeros. The gathered load waits for the token's
+     number, so half of num_stages go into fetching numbers ahead: 7 stages hold 3 tiles.
   4. rows and combine of the forward pass, for dX.
 
 Deterministic without atomics; the gradients of a token do not depend on the batch, for the reasons given in
@@ -64,13 +66,14 @@ def hidden_backward_kernel(
         back_KN = load_weight(w_back, start + d, f, dim, width, stride_dd, stride_df, WHOLE)
         back = tl.dot(grad_MK, back_KN, back, input_precision=PRECISION)
 
-    weight = tl.load(weights + token.to(tl.int64) * stride_wt + (pair % top_k).to(tl.int64) * stride_wk).to(tl.float32)[:, None]
+    slot = (pair % top_k).to(tl.int64)
+    weight = tl.load(weights + token.to(tl.int64) * stride_wt + slot * stride_wk).to(tl.float32)[:, None]
     inside = (row < end)[:, None] & (f < width)[None, :]
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
-    product = tl.sum(tl.where((f < width)[None, :], back * act, 0), 1)
-    tl.store(partial + column.to(tl.int64) * pairs + pair, product, mask=row < end)
+    score = tl.sum(tl.where((f < width)[None, :], back * act, 0), 1)
+    tl.store(partial + column.to(tl.int64) * pairs + pair, score, mask=row < end)
     place = row.to(tl.int64)[:, None] * width + f[None, :]
     tl.store(weighted + place, (weight * act).to(weighted.dtype.element_ty), mask=inside)
     back *= weight

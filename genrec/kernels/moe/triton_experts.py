@@ -1,24 +1,24 @@
-"""SwiGLU experts on the GPU, forward: two grouped products and one sum, nothing gathered or sorted in memory.
+# mypy: allow-untyped-defs
+"""SwiGLU experts on the GPU, forward: two grouped products and one sum; x is never gathered in memory.
 
-  1. hidden: rows of x are gathered by token inside the load of a tile, gate and up are two products in one program, SwiGLU
-     is the epilogue. hidden (T·k, F), in the dtype of x, lies in the order of the experts.
-  2. rows: hidden · Wdᵀ of the row's expert, scattered back to the row's (token, slot) place.
-  3. combine: y_t = Σ_j w_tj · row_tj in float32 in the order of the slots. This needs (T·k, D) of memory and one more pass
-     over it, but neither atomics nor an order that depends on timing; and a routing weight multiplies a float32.
+  1. hidden: the load of a tile gathers rows of x by token, gate and up are two products in one program, and SwiGLU is
+     the epilogue. hidden (T·k, F), in the dtype of x, lies in the order of the experts.
+  2. rows: hidden · Wdᵀ of the row's expert, scattered to the row's (token, slot) place.
+  3. combine: y_t = Σ_j w_tj · row_tj in float32, slot after slot. The rows (T·k, D) are one more pass over memory; in
+     exchange there are no atomics, so no sum depends on timing, and a routing weight multiplies before it is rounded.
 
-Same token, same bits, whatever else is in the batch: tile sizes never split the inner dimension, its steps run in order,
-and the launch table keeps BLOCK_K and the matrix instruction the same in all shape classes of an architecture: BLOCK_M is
-at least 64 where there are warp-group instructions (sm_90, sm_100), though few rows would need only 16. A decoding step
-reads every weight once at about 1 FLOP per byte and row, so even 64 rows leave it limited by memory.
+Same token, same bits, whatever else is in the batch: no tile splits the inner dimension, its steps run in order, and
+all shape classes of an architecture have one BLOCK_K and one matrix instruction. For the latter BLOCK_M is at least 64
+where a warp group multiplies (sm_90) or the tensor memory (sm_100), though a decoding step could do with 16. It reads
+every weight once, which is 1 FLOP per byte and row in half precision: 64 rows still leave it limited by memory.
 
-Floor of forward: 6·T·k·D·F FLOP; the experts in use, x and y once, hidden and rows (T·k, F + D) written and read.
+Floor: 6·T·k·D·F FLOP; the experts in use, x and y once; hidden and rows, (T·k, F + D), written and read.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The (token, slot) pairs in the order of their experts, and the way from a tile of rows to its expert: on the device,
 without a host synchronisation or a shape that depends on data.
 
@@ -5,8 +6,8 @@ Pair p = token · k + slot. A counting sort in integers, so stable and determini
   1. count: one program per block of pairs writes how many of them each expert gets;
   2. order: one program per block sums these counts over all blocks (the experts' offsets) and over the earlier ones
      (where its own pairs begin), then ranks its pairs among equals, chunk by chunk, and scatters them.
-Up to one block of pairs, as in decoding, needs only the second. The routing is an operator of its own, whose indices may
-come from anywhere, so the histogram belongs here.
+Up to one block of pairs, as in decoding, needs only the second. The histogram belongs here and not in the routing: that
+is an operator of its own, and indices may come from anywhere.
 
 A pair whose index lies outside [0, E) gets no row; whoever combines a token's rows gives NaN for it.
 
@@ -37,7 +38,9 @@ def expert_of(indices, pair, pairs, experts, top_k, stride_it, stride_ik):
 
 
 @triton.jit
-def count_block(indices, block, pairs, experts, top_k, stride_it, stride_ik, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def count_block(
+    indices, block, pairs, experts, top_k, stride_it, stride_ik, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
+):
     """(EXPERTS,) how many pairs of a block each expert gets."""
     pair = block * BLOCK + tl.arange(0, BLOCK)
     expert = expert_of(indices, pair, pairs, experts, top_k, stride_it, stride_ik)
@@ -89,7 +92,7 @@ def order_kernel(
 
 @triton.jit
 def find_tile(offsets, tile, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """The expert of a tile of rows, and how many tiles of that expert come before it; past the last tile an expert ≥ E."""
+    """The expert of a tile of rows, and its number among that expert's tiles; past the last tile an expert ≥ E."""
     expert = tl.arange(0, EXPERTS)
     begin = tl.load(offsets + expert, mask=expert < experts, other=0)
     end = tl.load(offsets + 1 + expert, mask=expert < experts, other=0)

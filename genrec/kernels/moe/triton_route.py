@@ -1,9 +1,10 @@
+# mypy: allow-untyped-defs
 """Routing on the GPU: softmax, top-k and renormalisation of a few tokens per program, in one pass over the logits.
 
 A program holds the scores of BLOCK_T tokens in registers and takes the best of each k times. Score and expert share one
 64-bit key, the score's bits in an order that integers compare, the expert counted down below it, so one maximum gives
 the value, the index and the lowest index among equals. NaN counts as the largest score, as in torch.sort: a token with
-a NaN logit chooses the experts 0 … k−1, every index stays in [0, E), and its weights are NaN where the definition's are.
+a NaN logit chooses the experts 0 … k−1, all of its indices lie in [0, E), and its weights are those of the definition.
 
 Floor: T·E logits read once, T·k weights and indices written once; backward reads and writes the logits once more.
 """

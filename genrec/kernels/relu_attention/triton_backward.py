@@ -30,11 +30,15 @@ from genrec.kernels.relu_attention.triton_tiles import (
     clear_slack,
     divisor_of,
     head_of,
+    inner,
+    load,
+    outer,
     sequence,
     sight,
-    store_tile,
-    tile_of,
+    store,
+    times,
     weights_of,
+    zeros,
 )
 
 
@@ -45,7 +49,7 @@ def backward_queries(
     stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_o, stride_lb, stride_l,
     batch, heads, length_q, length_k, tokens, blocks, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SKIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of rows, and far[b, block, h]: its part of the gradient of the last bias."""
@@ -57,7 +61,7 @@ def backward_queries(
     if cu_q is not None:
         if b == batch:
             start = tl.load(cu_q + batch).to(tl.int64) + block * BLOCK_M
-            clear_slack(grad_q, stride_o, start, tokens, blocks * BLOCK_M, DIM, BLOCK_D, BLOCK_M)
+            clear_slack(grad_q, stride_o, start, tokens, blocks * BLOCK_M, DIM, CHUNK, BLOCK_M)
             return
     first_q, length_q = sequence(cu_q, b, length_q)
     first_k, length_k = sequence(cu_k, b, length_k)
@@ -77,34 +81,32 @@ def backward_queries(
     k = head_of(k, b, h, stride_kb, stride_kh)
     v = head_of(v, b, h, stride_vb, stride_vh)
     inside = row < length_q
-    q_MD = tile_of(q, first_q, stride_q, row, inside, DIM, BLOCK_D)
-    grad_MD = tile_of(grad, first_q, stride_g, row, inside, DIM_V, BLOCK_DV)
-    sum_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    q_MD = load(q, first_q, stride_q, row, inside, DIM, CHUNK)
+    grad_MD = load(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V)
+    sum_MD = zeros(BLOCK_M, DIM, CHUNK)
     far_M = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in tl.range(0, none_sees, BLOCK_N, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = tile_of(k, first_k, stride_k, key, key < none_sees, DIM, BLOCK_D)
-        v_ND = tile_of(v, first_k, stride_v, key, key < none_sees, DIM_V, BLOCK_DV)
+        k_ND = load(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK)
+        v_ND = load(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V)
         weights_MN = weights_of(
-            tl.dot(q_MD, tl.trans(k_ND), input_precision="tf32x3"), anchor[:, None], end[:, None], key[None, :],
+            inner(q_MD, k_ND), anchor[:, None], end[:, None], key[None, :],
             nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_MN, SKIP):
-            grad_weights_MN = tl.dot(grad_MD, tl.trans(v_ND), input_precision="tf32x3")
+            grad_weights_MN = inner(grad_MD, v_ND)
             grad_scores_MN = tl.where(weights_MN <= 0, 0.0, grad_weights_MN)  # NaN passes, as in plain PyTorch
-            sum_MD = tl.dot(grad_scores_MN.to(k_ND.dtype), k_ND, sum_MD, input_precision="tf32x3")
+            sum_MD = outer(sum_MD, grad_scores_MN, k_ND)
             if rel_bias is not None:
                 if (furthest - first_key >= buckets - 1) | (first_key + BLOCK_N - 1 - nearest >= buckets - 1):
                     is_far = tl.abs(anchor[:, None] - key[None, :]) >= buckets - 1
                     far_M += tl.sum(tl.where(is_far, grad_scores_MN, 0.0), 1)
     n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
     if VISIBLE:
-        own_M = tl.maximum(end, 1).to(tl.float32)
-        sum_MD /= own_M[:, None]
-        far_M /= own_M
-    store_tile(grad_q, first_q, stride_o, row, inside, sum_MD * (scale / n), DIM, BLOCK_D)
+        n = tl.maximum(end, 1).to(tl.float32)[:, None]
+    store(grad_q, first_q, stride_o, row, inside, times(sum_MD, scale / n), DIM, CHUNK)
     if rel_bias is not None:
-        tl.store(far + (b.to(tl.int64) * blocks + block) * heads + h, tl.sum(far_M) / n)
+        tl.store(far + (b.to(tl.int64) * blocks + block) * heads + h, tl.sum(far_M[:, None] / n))
 
 
 @triton.jit
@@ -124,11 +126,12 @@ def rows_that_see(first_key, limit, stride_l, length_q, length_k, CAUSAL: tl.con
 
 
 @triton.jit
-def add_tile(pointer, first, stride, row, inside, tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """`store_tile`, added to what is there."""
-    column = tl.arange(0, BLOCK)
-    pointers = pointer + (first + row)[:, None] * stride + column[None, :]
-    tl.atomic_add(pointers, tile, mask=inside[:, None] & (column < DIM)[None, :], sem="relaxed")
+def add(pointer, first, stride, row, inside, tiles, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """`store`, added to what is there."""
+    for i in tl.static_range(len(tiles)):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        pointers = pointer + (first + row)[:, None] * stride + columns[None, :]
+        tl.atomic_add(pointers, tiles[i], mask=inside[:, None] & (columns < DIM)[None, :], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["batch", "length_q", "length_k", "tokens", "blocks"])
@@ -139,7 +142,7 @@ def backward_keys(
     stride_ovb, stride_ovh, stride_ov, stride_lb, stride_l,
     batch, heads, length_q, length_k, tokens, blocks, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, ATOMIC: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SKIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys. If ATOMIC, add to grad_q and grad_bias as well, both float32."""
@@ -154,8 +157,8 @@ def backward_keys(
     if cu_k is not None:
         if b == batch:
             start = tl.load(cu_k + batch).to(tl.int64) + block * BLOCK_N
-            clear_slack(grad_k, stride_ok, start, tokens, blocks * BLOCK_N, DIM, BLOCK_D, BLOCK_N)
-            clear_slack(grad_v, stride_ov, start, tokens, blocks * BLOCK_N, DIM_V, BLOCK_DV, BLOCK_N)
+            clear_slack(grad_k, stride_ok, start, tokens, blocks * BLOCK_N, DIM, CHUNK, BLOCK_N)
+            clear_slack(grad_v, stride_ov, start, tokens, blocks * BLOCK_N, DIM_V, CHUNK_V, BLOCK_N)
             return
     first_q, length_q = sequence(cu_q, b, length_q)
     first_k, length_k = sequence(cu_k, b, length_k)
@@ -174,43 +177,43 @@ def backward_keys(
     v = head_of(v, b, h, stride_vb, stride_vh)
     key = first_key + tl.arange(0, BLOCK_N)
     exists = key < length_k
-    k_ND = tile_of(k, first_k, stride_k, key, exists, DIM, BLOCK_D)
-    v_ND = tile_of(v, first_k, stride_v, key, exists, DIM_V, BLOCK_DV)
-    sum_k_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    sum_v_ND = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    k_ND = load(k, first_k, stride_k, key, exists, DIM, CHUNK)
+    v_ND = load(v, first_k, stride_v, key, exists, DIM_V, CHUNK_V)
+    sum_k_ND = zeros(BLOCK_N, DIM, CHUNK)
+    sum_v_ND = zeros(BLOCK_N, DIM_V, CHUNK_V)
     n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
     first, last = rows_that_see(first_key, limit, stride_l, length_q, length_k, CAUSAL, 1024)
     for first_row in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < length_q
-        q_MD = tile_of(q, first_q, stride_q, row, inside, DIM, BLOCK_D)
-        grad_MD = tile_of(grad, first_q, stride_g, row, inside, DIM_V, BLOCK_DV)
+        q_MD = load(q, first_q, stride_q, row, inside, DIM, CHUNK)
+        grad_MD = load(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V)
         anchor, end, nearest, furthest, all_see, _ = sight(
             row, first_row, limit, stride_l, length_q, length_k, CAUSAL, BLOCK_M
         )
         weights_NM = weights_of(
-            tl.dot(k_ND, tl.trans(q_MD), input_precision="tf32x3"), anchor[None, :], end[None, :], key[:, None],
+            inner(k_ND, q_MD), anchor[None, :], end[None, :], key[:, None],
             nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_NM, SKIP):
-            grad_weights_NM = tl.dot(v_ND, tl.trans(grad_MD), input_precision="tf32x3")
+            grad_weights_NM = inner(v_ND, grad_MD)
             grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)
             if VISIBLE:
                 own_M = tl.maximum(end, 1).to(tl.float32)
                 weights_NM /= own_M[None, :]
                 grad_scores_NM /= own_M[None, :]
-            sum_v_ND = tl.dot(weights_NM.to(grad_MD.dtype), grad_MD, sum_v_ND, input_precision="tf32x3")
-            sum_k_ND = tl.dot(grad_scores_NM.to(q_MD.dtype), q_MD, sum_k_ND, input_precision="tf32x3")
+            sum_v_ND = outer(sum_v_ND, weights_NM, grad_MD)
+            sum_k_ND = outer(sum_k_ND, grad_scores_NM, q_MD)
             if ATOMIC:
-                tile_MD = tl.dot(tl.trans(grad_scores_NM.to(k_ND.dtype)), k_ND, input_precision="tf32x3")
-                add_tile(grad_q, first_q, stride_oq, row, inside, tile_MD * (scale / n), DIM, BLOCK_D)
+                part_MD = outer(zeros(BLOCK_M, DIM, CHUNK), tl.trans(grad_scores_NM), k_ND)
+                add(grad_q, first_q, stride_oq, row, inside, times(part_MD, scale / n), DIM, CHUNK)
                 if rel_bias is not None:
                     add_by_distance(
                         grad_bias, grad_scores_NM / n, anchor, key, nearest, furthest, first_key, buckets,
                         AHEAD=not CAUSAL and limit is None, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_M,
                     )  # fmt: skip
-    store_tile(grad_k, first_k, stride_ok, key, exists, sum_k_ND * (scale / n), DIM, BLOCK_D)
-    store_tile(grad_v, first_k, stride_ov, key, exists, sum_v_ND / n, DIM_V, BLOCK_DV)
+    store(grad_k, first_k, stride_ok, key, exists, times(sum_k_ND, scale / n), DIM, CHUNK)
+    store(grad_v, first_k, stride_ov, key, exists, times(sum_v_ND, 1 / n), DIM_V, CHUNK_V)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -243,7 +246,7 @@ def _table(call: Call) -> Tensor | None:
 
 def _queries(grad: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """dQ, and the parts (…, H) of the last bias's gradient."""
-    tile = call.tile("backward_queries")
+    tile = call.constants("backward_queries")
     grad_q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     blocks = max(1, triton.cdiv(call.length_q, tile["BLOCK_M"]))
     far = grad.new_zeros(call.batch * blocks, call.heads, dtype=torch.float32)
@@ -252,7 +255,7 @@ def _queries(grad: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         grad, call.q, call.k, call.v, grad_q, far, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(grad, call.q, call.k, call.v, grad_q), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.q.shape[0], blocks,
-        call.buckets, call.scale, call.divisor, **call.constants(), **tile,
+        call.buckets, call.scale, call.divisor, **tile,
     )  # fmt: skip
     return grad_q, far
 
@@ -262,7 +265,7 @@ def _keys(
 ) -> None:
     """Write dK and dV; given float32 zeros for dQ and dbias, add to those too."""
     atomic = grad_q is not None
-    tile = call.tile("backward_atomic" if atomic else "backward_keys")
+    tile = call.constants("backward_atomic" if atomic else "backward_keys")
     blocks = max(1, triton.cdiv(call.length_k, tile["BLOCK_N"]))
     launch(
         backward_keys, (blocks * call.heads * (call.batch + call.is_packed),),
@@ -271,5 +274,5 @@ def _keys(
         *call.strides(grad, call.q, call.k, call.v, call.q if grad_q is None else grad_q, grad_k, grad_v),
         *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.k.shape[0], blocks,
-        call.buckets, call.scale, call.divisor, ATOMIC=atomic, **call.constants(), **tile,
+        call.buckets, call.scale, call.divisor, ATOMIC=atomic, **tile,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genrec.kernels.launch import launch
 from genrec.kernels.relu_attention.triton_call import Call
-from genrec.kernels.relu_attention.triton_tiles import divisor_of, head_of, sequence, sight, tile_of, weights_of
+from genrec.kernels.relu_attention.triton_tiles import divisor_of, head_of, inner, load, sequence, sight, weights_of
 
 GROUPS = 64
 ROWS = 1024
@@ -68,7 +68,7 @@ def backward_bias(
     stride_vb, stride_vh, stride_v, stride_lb, stride_l,
     batch, heads, length_q, length_k, near, windows, groups, pieces, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """partial[group, h, d] of a window of distances d < near, over every groups-th piece of a sequence."""
@@ -93,9 +93,9 @@ def backward_bias(
             anchor, end, nearest, furthest, all_see, none_sees = sight(
                 row, first_row, limit_b, stride_l, rows, keys, CAUSAL, BLOCK_M
             )
-            q_MD = tile_of(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, BLOCK_D)
-            grad_MD = tile_of(
-                head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, BLOCK_DV
+            q_MD = load(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, CHUNK)
+            grad_MD = load(
+                head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, CHUNK_V
             )
             for AHEAD in tl.static_range(0, 1 if CAUSAL or limit is not None else 2):
                 if AHEAD:
@@ -105,13 +105,13 @@ def backward_bias(
                 for first_key in tl.range(tl.maximum(low, 0), tl.minimum(high, none_sees), BLOCK_N, num_stages=1):
                     key = first_key + tl.arange(0, BLOCK_N)
                     seen = key < none_sees
-                    k_ND = tile_of(head_of(k, b, h, stride_kb, stride_kh), first_k, stride_k, key, seen, DIM, BLOCK_D)
-                    v_ND = tile_of(head_of(v, b, h, stride_vb, stride_vh), first_k, stride_v, key, seen, DIM_V, BLOCK_DV)
+                    k_ND = load(head_of(k, b, h, stride_kb, stride_kh), first_k, stride_k, key, seen, DIM, CHUNK)
+                    v_ND = load(head_of(v, b, h, stride_vb, stride_vh), first_k, stride_v, key, seen, DIM_V, CHUNK_V)
                     weights_NM = weights_of(
-                        tl.dot(k_ND, tl.trans(q_MD), input_precision="tf32x3"), anchor[None, :], end[None, :],
+                        inner(k_ND, q_MD), anchor[None, :], end[None, :],
                         key[:, None], nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
                     )  # fmt: skip
-                    grad_weights_NM = tl.dot(v_ND, tl.trans(grad_MD), input_precision="tf32x3") / n
+                    grad_weights_NM = inner(v_ND, grad_MD) / n
                     if VISIBLE:
                         grad_weights_NM /= tl.maximum(end, 1).to(tl.float32)[None, :]
                     grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)
@@ -126,7 +126,7 @@ def near_gradient(grad: Tensor, call: Call, grad_bias: Tensor) -> None:
     groups = min(GROUPS, call.batch * pieces)
     if near == 0 or groups == 0:
         return
-    tile = call.tile("backward_bias")
+    tile = call.constants("backward_bias")
     windows = triton.cdiv(near, tile["BLOCK_W"])
     partial = torch.empty(groups, call.heads, near, dtype=torch.float32, device=grad.device)
     launch(
@@ -134,6 +134,6 @@ def near_gradient(grad: Tensor, call: Call, grad_bias: Tensor) -> None:
         grad, call.q, call.k, call.v, partial, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(grad, call.q, call.k, call.v), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, near, windows, groups, pieces,
-        call.buckets, call.scale, call.divisor, ROWS=ROWS, **call.constants(), **tile,
+        call.buckets, call.scale, call.divisor, ROWS=ROWS, **tile,
     )  # fmt: skip
     grad_bias[:, :near] = partial.sum(0)

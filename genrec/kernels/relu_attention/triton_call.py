@@ -59,17 +59,13 @@ class Call(NamedTuple):
             return 0, 0
         return (0, self.limit.stride(0)) if self.is_packed else (self.limit.stride(0), self.limit.stride(1))
 
-    def constants(self) -> dict[str, Any]:
-        """What the kernels are compiled for beside their tiles."""
-        return {"CAUSAL": self.causal, "VISIBLE": self.visible, **self.dims()}
-
-    def dims(self) -> dict[str, int]:
+    def constants(self, kernel: str, **sizes: int) -> dict[str, Any]:
+        """What a kernel is compiled for: its row of the launch table, and what the call fixes."""
         dim, dim_v = self.q.shape[-1], self.v.shape[-1]
-        return {"DIM": dim, "DIM_V": dim_v, "BLOCK_D": _block(dim), "BLOCK_DV": _block(dim_v)}
-
-    def tile(self, kernel: str, **sizes: int) -> dict[str, int]:
-        """The kernel's row of the launch table."""
-        return TABLE.config(kernel, self.q, dim=max(_block(self.q.shape[-1]), _block(self.v.shape[-1])), **sizes)
+        tile = dict(TABLE.config(kernel, self.q, dim=max(dim, dim_v), **sizes))
+        widest = tile.pop("CHUNK", WIDEST)
+        chunks = {"CHUNK": min(widest, _power_of_two(dim)), "CHUNK_V": min(widest, _power_of_two(dim_v))}
+        return {"CAUSAL": self.causal, "VISIBLE": self.visible, "DIM": dim, "DIM_V": dim_v, **chunks, **tile}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Call:
@@ -105,7 +101,6 @@ def fits(q: Tensor, v: Tensor) -> bool:
     return max(q.shape[-1], v.shape[-1]) <= WIDEST
 
 
-def _block(dim: int) -> int:
-    """Columns of a tile: the power of two that holds dim, at least what a tensor core takes."""
-    return max(16, 1 << (dim - 1).bit_length() if dim else 16)
-
+def _power_of_two(dim: int) -> int:
+    """Columns of a tile that holds dim: a power of two, and at least what a tensor core takes."""
+    return max(16, 1 << max(dim - 1, 0).bit_length())

@@ -30,11 +30,16 @@ from genrec.kernels.relu_attention.triton_tiles import (
     clear_slack,
     divisor_of,
     head_of,
+    inner,
+    load,
+    outer,
+    plus,
     sequence,
     sight,
-    store_tile,
-    tile_of,
+    store,
+    times,
     weights_of,
+    zeros,
 )
 
 
@@ -53,7 +58,7 @@ def forward(
     stride_ob, stride_oh, stride_o, stride_lb, stride_l,
     batch, heads, length_q, length_k, tokens, least, most, blocks, parts, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, SPLIT: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SKIP: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr = None,
 ):  # fmt: skip
     """Sequences of `least` … `most` rows; where packed, one sequence past the last stands for the slack rows."""
@@ -66,7 +71,7 @@ def forward(
     if cu_q is not None:
         if b == batch:
             start = tl.load(cu_q + batch).to(tl.int64) + (part * blocks + block) * BLOCK_M
-            clear_slack(out, stride_o, start, tokens, parts * blocks * BLOCK_M, DIM_V, BLOCK_DV, BLOCK_M)
+            clear_slack(out, stride_o, start, tokens, parts * blocks * BLOCK_M, DIM_V, CHUNK_V, BLOCK_M)
             return
     first_q, length_q = sequence(cu_q, b, length_q)
     first_k, length_k = sequence(cu_k, b, length_k)
@@ -84,46 +89,45 @@ def forward(
     q = head_of(q, b, h, stride_qb, stride_qh)
     k = head_of(k, b, h, stride_kb, stride_kh)
     v = head_of(v, b, h, stride_vb, stride_vh)
-    q_MD = tile_of(q, first_q, stride_q, row, row < length_q, DIM, BLOCK_D)
-    total_MD = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    sum_MD = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    q_MD = load(q, first_q, stride_q, row, row < length_q, DIM, CHUNK)
+    total_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
+    sum_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
     low, high = 0, none_sees
     if SPLIT:
         low = part * PART
         high = tl.minimum(none_sees, low + PART)
     for first_key in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = tile_of(k, first_k, stride_k, key, key < none_sees, DIM, BLOCK_D)
-        scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="tf32x3")
+        k_ND = load(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK)
+        v_ND = load(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V)
         weights_MN = weights_of(
-            scores_MN, anchor[:, None], end[:, None], key[None, :], nearest, furthest, all_see, first_key,
+            inner(q_MD, k_ND), anchor[:, None], end[:, None], key[None, :], nearest, furthest, all_see, first_key,
             rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
-        v_ND = tile_of(v, first_k, stride_v, key, key < none_sees, DIM_V, BLOCK_DV)
         if any_positive(weights_MN, SKIP):
-            sum_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, sum_MD, input_precision="tf32x3")
+            sum_MD = outer(sum_MD, weights_MN, v_ND)
         if PART is not None:
             if (first_key + BLOCK_N) % PART == 0:
-                total_MD += sum_MD
-                sum_MD = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    total_MD += sum_MD
+                total_MD = plus(total_MD, sum_MD)
+                sum_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
+    total_MD = plus(total_MD, sum_MD)
     inside = row < length_q
     if SPLIT:
         slot = first_slot(cu_k, first_k, b, parts, PART) + part
         if part * PART < tl.maximum(length_k, 1):
-            store_tile(partial, (slot * heads + h) * most, DIM_V, row, inside, total_MD, DIM_V, BLOCK_DV)
+            store(partial, (slot * heads + h) * most, DIM_V, row, inside, total_MD, DIM_V, CHUNK_V)
     else:
-        total_MD /= divisor_of(divisors, divisor, b, length_k, VISIBLE)
+        n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
         if VISIBLE:
-            total_MD /= tl.maximum(end, 1).to(tl.float32)[:, None]
-        store_tile(out, first_q, stride_o, row, inside, total_MD, DIM_V, BLOCK_DV)
+            n = tl.maximum(end, 1).to(tl.float32)[:, None]
+        store(out, first_q, stride_o, row, inside, times(total_MD, 1 / n), DIM_V, CHUNK_V)
 
 
 @triton.jit(do_not_specialize=["batch", "length_q", "length_k", "parts"])
 def combine(
     partial, out, cu_q, cu_k, limit, divisors, stride_ob, stride_oh, stride_o, stride_lb, stride_l,
     batch, heads, length_q, length_k, parts, divisor,
-    CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM_V: tl.constexpr, CHUNK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of BLOCK_M rows of one head and sequence in their order, and divide."""
@@ -141,16 +145,17 @@ def combine(
         limit += b.to(tl.int64) * stride_lb + first_q * stride_l
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row < length_q
-    total_MD = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    total_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
     slot = first_slot(cu_k, first_k, b, parts, PART)
     for part in range(0, tl.cdiv(tl.maximum(length_k, 1), PART)):
         first = ((slot + part) * heads + h) * most
-        total_MD += tile_of(partial, first, DIM_V, row, inside, DIM_V, BLOCK_DV)
-    total_MD /= divisor_of(divisors, divisor, b, length_k, VISIBLE)
+        total_MD = plus(total_MD, load(partial, first, DIM_V, row, inside, DIM_V, CHUNK_V))
+    n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
     if VISIBLE:
         _, end, _, _, _, _ = sight(row, first_row, limit, stride_l, length_q, length_k, CAUSAL, BLOCK_M)
-        total_MD /= tl.maximum(end, 1).to(tl.float32)[:, None]
-    store_tile(head_of(out, b, h, stride_ob, stride_oh), first_q, stride_o, row, inside, total_MD, DIM_V, BLOCK_DV)
+        n = tl.maximum(end, 1).to(tl.float32)[:, None]
+    out = head_of(out, b, h, stride_ob, stride_oh)
+    store(out, first_q, stride_o, row, inside, times(total_MD, 1 / n), DIM_V, CHUNK_V)
 
 
 FEW = 64  # a packed sequence of at most so many rows takes the form for few rows
@@ -173,7 +178,7 @@ def attention(call: Call) -> Tensor:
 
 def _attend(call: Call, out: Tensor, least: int, most: int) -> None:
     """Write the rows of sequences of `least` … `most` rows."""
-    tile = call.tile("forward", rows=most, keys=call.length_k if not call.is_packed else FEW)
+    tile = call.constants("forward", rows=most, keys=FEW if call.is_packed else call.length_k)
     part, rows = tile.get("PART"), min(most, call.length_q)
     blocks = max(1, triton.cdiv(rows, tile["BLOCK_M"]))
     idle = call.batch * call.heads * blocks < BUSY
@@ -181,20 +186,20 @@ def _attend(call: Call, out: Tensor, least: int, most: int) -> None:
     parts = triton.cdiv(call.length_k, part) if split else 1
     partial = None
     if split:
-        slots = call.batch * parts if not call.is_packed else call.k.shape[0] // part + call.batch
+        slots = call.k.shape[0] // part + call.batch if call.is_packed else call.batch * parts
         partial = out.new_empty(slots, call.heads, rows, out.shape[-1], dtype=torch.float32)
     launch(
         forward, (blocks * call.heads * parts * (call.batch + call.is_packed),),
         call.q, call.k, call.v, out, partial, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(call.q, call.k, call.v, out), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.q.shape[0], least, rows, blocks, parts,
-        call.buckets, call.scale, call.divisor, SPLIT=split, **call.constants(), **tile,
+        call.buckets, call.scale, call.divisor, SPLIT=split, **tile,
     )  # fmt: skip
     if split:
         launch(
             combine, (triton.cdiv(rows, 16) * call.heads * call.batch,),
             partial, out, call.cu_q, call.cu_k, call.limit, call.divisors, *call.strides(out), *call.limit_strides(),
             call.batch, call.heads, rows, call.length_k, parts, call.divisor,
-            CAUSAL=call.causal, VISIBLE=call.visible, DIM_V=out.shape[-1],
-            BLOCK_DV=call.dims()["BLOCK_DV"], BLOCK_M=16, PART=part,
+            CAUSAL=call.causal, VISIBLE=call.visible, DIM_V=out.shape[-1], CHUNK_V=tile["CHUNK_V"],
+            BLOCK_M=16, PART=part,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """What the Triton kernels of ReLU attention share: where a sequence lies, what its rows see, and a tile of weights.
 
 All kernels read (B, H, L, D) tensors and packed (T, H, D) tensors through the same three strides: of the batch (0 where
-packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements.
+packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements. Rows are held
+as a tuple of tiles of CHUNK columns: one of them mostly, several in float32, where a product needs the registers for three.
 """
 
 from __future__ import annotations
@@ -27,30 +28,76 @@ def head_of(pointer, b, h, stride_b, stride_h):
 
 
 @triton.jit
-def tile_of(pointer, first, stride, row, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows `row` of a matrix from row `first` on, BLOCK columns of which DIM exist; 0 where not `inside`."""
-    column = tl.arange(0, BLOCK)
-    pointers = pointer + (first + row)[:, None] * stride + column[None, :]
-    if DIM == BLOCK:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    return tl.load(pointers, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+def load(pointer, first, stride, row, inside, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows `row` of a matrix from row `first` on, 0 where not `inside`, as tiles of CHUNK columns."""
+    tiles = ()
+    for column in tl.static_range(0, max(DIM, 1), CHUNK):
+        columns = column + tl.arange(0, CHUNK)
+        mask = inside[:, None]
+        if column + CHUNK > DIM:
+            mask = mask & (columns < DIM)[None, :]
+        tiles = tiles + (tl.load(pointer + (first + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0),)
+    return tiles
 
 
 @triton.jit
-def store_tile(pointer, first, stride, row, inside, tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of `tile_of`."""
-    column = tl.arange(0, BLOCK)
-    pointers = pointer + (first + row)[:, None] * stride + column[None, :]
-    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside[:, None] & (column < DIM)[None, :])
+def store(pointer, first, stride, row, inside, tiles, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """The inverse of `load`."""
+    for i in tl.static_range(len(tiles)):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        pointers = pointer + (first + row)[:, None] * stride + columns[None, :]
+        tl.store(pointers, tiles[i].to(pointer.dtype.element_ty), mask=inside[:, None] & (columns < DIM)[None, :])
 
 
 @triton.jit
-def clear_slack(pointer, stride, start, end, step, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Zeros in the rows start … end − 1 that are this program's: BLOCK_ROWS of them every `step` rows."""
+def zeros(ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(0, max(DIM, 1), CHUNK):
+        tiles = tiles + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def plus(a, b):
+    tiles = ()
+    for i in tl.static_range(len(a)):
+        tiles = tiles + (a[i] + b[i],)
+    return tiles
+
+
+@triton.jit
+def times(tiles, factor):
+    """Tiles times a number, or a column of numbers."""
+    result = ()
+    for i in tl.static_range(len(tiles)):
+        result = result + (tiles[i] * factor,)
+    return result
+
+
+@triton.jit
+def inner(a, b):
+    """A Bᵀ in float32."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="tf32x3")
+    for i in tl.static_range(1, len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision="tf32x3")
+    return product
+
+
+@triton.jit
+def outer(sums, a, b):
+    """sums + A B, A rounded to the dtype of B."""
+    tiles = ()
+    for i in tl.static_range(len(b)):
+        tiles = tiles + (tl.dot(a.to(b[i].dtype), b[i], sums[i], input_precision="tf32x3"),)
+    return tiles
+
+
+@triton.jit
+def clear_slack(pointer, stride, start, end, step, DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Zeros in the rows start … end − 1 that are this program's: ROWS of them every `step` rows."""
     for first in range(start, end, step):
-        row = tl.arange(0, BLOCK_ROWS)
-        zeros = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
-        store_tile(pointer, first, stride, row, first + row < end, zeros, DIM, BLOCK)
+        row = tl.arange(0, ROWS)
+        store(pointer, first, stride, row, first + row < end, zeros(ROWS, DIM, CHUNK), DIM, CHUNK)
 
 
 @triton.jit

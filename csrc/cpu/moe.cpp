@@ -23,7 +23,7 @@ constexpr int64_t kShare = 1 << 19;      // multiplications below which another 
 template <typename C> constexpr ScalarType kType = ScalarType::Float;
 template <> constexpr ScalarType kType<double> = ScalarType::Double;
 
-int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+int64_t blocks(int64_t columns, int64_t block) { return (columns + block - 1) / block; }
 
 // In `type`, contiguous along the last dimension.
 Tensor rows_of(const Tensor& tensor, ScalarType type) {
@@ -117,12 +117,11 @@ class Assignment {
   std::vector<int32_t> pair_, token_;
 };
 
-// A step, how many blocks of columns it has per expert, what a row of a block costs, and whether experts without rows need it.
+// A step, how many blocks of columns it has per expert, and what a row of a block costs.
 template <typename C>
 struct Work {
   ExpertStep<C> step;
   int64_t blocks, cost;
-  bool idle = false;
 };
 
 int64_t most_shares() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -132,7 +131,7 @@ template <typename C>
 void run(const Experts<C>& all, int64_t experts, std::initializer_list<Work<C>> works, C* packed, int64_t packed_size) {
   const auto cost_of = [&](const Work<C>& work, int64_t expert) {
     const int64_t rows = all.start[expert + 1] - all.start[expert];
-    return rows || work.idle ? (rows + kPackingRows) * work.cost : 0;
+    return rows ? (rows + kPackingRows) * work.cost : 0;
   };
   int64_t total = 0;
   for (const auto& work : works)
@@ -172,8 +171,8 @@ struct Arguments {
     all.dim = x.size(1);
     all.hidden = down.size(2);
     all.slots = indices.size(1);
-    all.dim_stride = round_up(all.dim, unit.block);
-    all.hidden_stride = round_up(all.hidden, unit.block);
+    all.dim_stride = (blocks(all.dim, unit.block) | 1) * unit.block;
+    all.hidden_stride = (blocks(all.hidden, unit.block) | 1) * unit.block;
     all.x = read<C>(x);
     all.x_stride = x.stride(0);
     all.weights = read<C>(weights);
@@ -188,7 +187,7 @@ struct Arguments {
   // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows.
   int64_t packed_size(const MoeExperts<C>& unit) const {
     const int64_t block = unit.block * std::max(3 * all.dim, 2 * all.hidden);
-    return round_up(std::max<int64_t>(kPackedBytes / sizeof(C), block) + 17 * kDepthBlock, 64);
+    return std::max<int64_t>(kPackedBytes / sizeof(C), block) + 17 * kDepthBlock;
   }
 };
 
@@ -196,6 +195,20 @@ template <typename C>
 void combine(const MoeExperts<C>& unit, const Experts<C>& all, int64_t tokens, char* out) {
   const int64_t grain = 1 + 65536 / (1 + all.slots * all.dim);
   torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) { unit.combine(all, begin, end, out); });
+}
+
+// An expert that no token chose in the first batch starts from gradients of zero.
+template <typename C>
+void clear_idle(const Experts<C>& all, int64_t experts, const Tensor& gate_up, const Tensor& down) {
+  if (experts == 0) return;
+  for (const Tensor& gradient : {gate_up, down}) {
+    const int64_t bytes = gradient.numel() / experts * gradient.element_size();
+    char* memory = static_cast<char*>(gradient.mutable_data_ptr());
+    torch::stable::parallel_for(0, experts, 1 + (1 << 18) / (bytes + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; e++)
+        if (all.start[e] == all.start[e + 1]) std::memset(memory + e * bytes, 0, bytes);
+    });
+  }
 }
 
 template <typename C>
@@ -213,9 +226,9 @@ Tensor forward(const MoeExperts<C>& unit, ScalarType storage, const Tensor& x, c
   for (int64_t t = 0; t < a.tokens; t += pairs.batch()) {
     const int64_t tokens = std::min(pairs.batch(), a.tokens - t);
     pairs.sort(t, tokens, all);
-    run(all, a.experts, {Work<C>{unit.activate, (all.hidden + unit.vector - 1) / unit.vector, 2 * all.dim * unit.vector}},
-        packed, packed_size);
-    run(all, a.experts, {Work<C>{unit.project, all.dim_stride / unit.block, all.hidden * unit.block}}, packed, packed_size);
+    run(all, a.experts, {Work<C>{unit.activate, blocks(all.hidden, unit.vector), 2 * all.dim * unit.vector}}, packed,
+        packed_size);
+    run(all, a.experts, {Work<C>{unit.project, blocks(all.dim, unit.block), all.hidden * unit.block}}, packed, packed_size);
     combine(unit, all, tokens, static_cast<char*>(y.mutable_data_ptr()) + t * all.dim * y.element_size());
     all.x += tokens * all.x_stride;
     all.weights += tokens * all.slots;
@@ -234,11 +247,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MoeExperts<C>& unit, S
   all.grad = read<C>(grad);
   all.grad_stride = grad.stride(0);
   const int64_t rows = pairs.batch() * all.slots, packed_size = a.packed_size(unit);
-  const int64_t blocks = all.hidden_stride / unit.block;
+  const int64_t dim_blocks = blocks(all.dim, unit.block), hidden_blocks = blocks(all.hidden, unit.block);
+  const int64_t dots_stride = all.hidden_stride / unit.block;
   C* packed;
   const Scratch<C> scratch{{&all.activation, rows * all.hidden_stride}, {&all.grad_gate, rows * all.hidden_stride},
                            {&all.grad_up, rows * all.hidden_stride},    {&all.by_pair, rows * all.dim_stride},
-                           {&all.dots, rows * blocks},                  {&packed, packed_size * most_shares()}};
+                           {&all.dots, rows * dots_stride},                  {&packed, packed_size * most_shares()}};
   pairs.sort(0, std::min(pairs.batch(), a.tokens), all);
   // A gradient that is stored more than once keeps the precision of its sum between.
   const bool once = a.tokens <= pairs.batch() && pairs.most_rows() <= kDepthBlock;
@@ -255,17 +269,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MoeExperts<C>& unit, S
   for (int64_t t = 0; t < std::max<int64_t>(a.tokens, 1); t += pairs.batch(), all.first = false) {
     const int64_t tokens = std::min(pairs.batch(), a.tokens - t);
     if (t) pairs.sort(t, tokens, all);
-    run(all, a.experts, {Work<C>{unit.differentiate, blocks, 3 * all.dim * unit.block}}, packed, packed_size);
+    if (all.first) clear_idle(all, a.experts, grad_gate_up, grad_down);
+    run(all, a.experts, {Work<C>{unit.differentiate, hidden_blocks, 3 * all.dim * unit.block}}, packed, packed_size);
     run(all, a.experts,
-        {Work<C>{unit.project_back, all.dim_stride / unit.block, 2 * all.hidden * unit.block},
-         Work<C>{step_gate_up, all.dim_stride / unit.block, 2 * all.hidden * unit.block, all.first},
-         Work<C>{step_down, blocks, all.dim * unit.block, all.first}},
+        {Work<C>{unit.project_back, dim_blocks, 2 * all.hidden * unit.block},
+         Work<C>{step_gate_up, dim_blocks, 2 * all.hidden * unit.block},
+         Work<C>{step_down, hidden_blocks, all.dim * unit.block}},
         packed, packed_size);
     combine(unit, all, tokens, static_cast<char*>(grad_x.mutable_data_ptr()) + t * all.dim * grad_x.element_size());
     C* grad_weight = write<C>(grad_weights) + t * all.slots;
     for (int64_t i = 0; i < tokens * all.slots; i++) {
       grad_weight[i] = 0;
-      for (int64_t b = 0; b < blocks; b++) grad_weight[i] += all.dots[i * blocks + b];
+      for (int64_t b = 0; b < hidden_blocks; b++) grad_weight[i] += all.dots[i * dots_stride + b];
     }
     all.x += tokens * all.x_stride;
     all.grad += tokens * all.grad_stride;

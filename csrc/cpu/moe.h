@@ -7,7 +7,8 @@ namespace genrec {
 
 // A batch of tokens with its T · k (token, slot) pairs sorted by expert: row r of the sorted rows is pair[r] = t · k + slot,
 // and expert e has the rows start[e] … start[e + 1]. Arrays of rows are `hidden_stride` or `dim_stride` wide: F and D
-// rounded up, so that whole vectors can be stored.
+// rounded up to blocks, so that whole vectors can be stored, and to an odd number of them, so that the rows of a power of
+// two do not all fall into the same cache sets.
 template <typename C>
 struct Experts {
   int64_t dim, hidden, slots;         // D, F, k
@@ -21,7 +22,7 @@ struct Experts {
   C* activation;                      // (rows, F) silu(G) ⊙ U; in the backward pass times the routing weight
   C* by_pair;                         // (T · k, D) what every pair adds to its token's output or gradient
   C *grad_gate, *grad_up;             // (rows, F)
-  C* dots;                            // (T · k, blocks of F): gradients of the routing weights in parts
+  C* dots;                            // (T · k, hidden_stride / block): the routing weights' gradients in parts
   void *grad_gate_up, *grad_down;     // as gate_up and down, contiguous; in C if `accumulate` says so
   bool first;                         // gradients of the weights start here; otherwise they are added to
 };
@@ -62,8 +63,8 @@ struct Moe {
   MoeRoute<double> route_f64;
 };
 
-// Packed weights that a thread holds in its L2 cache at a time, and rows that a gradient sums before it is stored.
-constexpr int64_t kPackedBytes = 256 << 10;
+// Packed weights that a thread holds in its L2 cache at a time, and rows that a gradient sums in registers.
+constexpr int64_t kPackedBytes = 128 << 10;
 constexpr int64_t kDepthBlock = 256;
 
 }  // namespace genrec

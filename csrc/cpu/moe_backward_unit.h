@@ -17,6 +17,7 @@ void differentiate(const Experts<Compute<S>>& all, int64_t expert, int64_t begin
   for_groups(begin, end, rows.count, three * sizeof(C), [&](int64_t block, int64_t last) {
     for (int64_t b = block; b < last; b++) {
       C* to = packed + (b - block) * three;
+#pragma GCC unroll 4
       for (int h = 0; h < kTileVectors; h++) pack_gate_up<S>(all, expert, b * columns + h * width, to + h * panel);
       pack_rows([&](int64_t d) { return down + d * all.down_row + b * columns; }, all.dim,
                 all.hidden - b * columns < columns ? all.hidden - b * columns : columns, to + kTileVectors * panel);
@@ -28,21 +29,20 @@ void differentiate(const Experts<Compute<S>>& all, int64_t expert, int64_t begin
       gather(grad, all.grad, all.grad_stride, all.token + r);
       for (int64_t b = block; b < last; b++) {
         const C* from = packed + (b - block) * three;
-        Tile<count.value, C> gate_up[kTileVectors] = {}, grad_hidden = {};
-        for (int h = 0; h < kTileVectors; h++) {
+        Tile<count.value, C> product[kTileVectors + 1];  // in memory: together they are more than the registers hold
+        for (int h = 0; h <= kTileVectors; h++) {
           Tile<count.value, C> tile = {};
-          multiply(tile, x, 1, from + h * panel, columns, all.dim);
-          gate_up[h] = tile;
+          multiply(tile, h < kTileVectors ? x : grad, 1, from + h * panel, columns, all.dim);
+          product[h] = tile;
         }
-        multiply(grad_hidden, grad, 1, from + kTileVectors * panel, columns, all.dim);
         for (int i = 0; i < count.value; i++) {
           const C weight = all.weights[all.pair[r + i]];
           Vec<C> dot = {};
           for (int h = 0; h < kTileVectors; h++) {
             const int64_t at = (r + i) * all.hidden_stride + b * columns + h * width;
-            const Vec<C> gate = gate_up[h].sum[i][0], up = gate_up[h].sum[i][1];
-            const Vec<C> sigmoid = 1 / (1 + exponential(-gate)), silu = gate * sigmoid;
-            const Vec<C> active = silu * up, unweighted = grad_hidden.sum[i][h], grad_active = weight * unweighted;
+            const Vec<C> gate = product[h].sum[i][0], up = product[h].sum[i][1];
+            const Vec<C> sigmoid = 1 / (1 + exponential(-gate)), silu = gate * sigmoid, active = silu * up;
+            const Vec<C> unweighted = product[kTileVectors].sum[i][h], grad_active = weight * unweighted;
             dot += unweighted * active;
             store(all.activation + at, weight * active);
             store(all.grad_up + at, grad_active * silu);
@@ -73,7 +73,9 @@ void project_back(const Experts<Compute<S>>& all, int64_t expert, int64_t begin,
         Tile<count.value, C> tile = {};
         multiply(tile, all.grad_gate + at, all.hidden_stride, 1, gate, columns, all.hidden);
         multiply(tile, all.grad_up + at, all.hidden_stride, 1, gate + columns * all.hidden, columns, all.hidden);
+#pragma GCC unroll 16
         for (int i = 0; i < count.value; i++)
+#pragma GCC unroll 4
           for (int h = 0; h < kTileVectors; h++)
             store(all.by_pair + all.pair[r + i] * all.dim_stride + b * columns + h * kWidth<C>, tile.sum[i][h]);
       }
@@ -94,13 +96,37 @@ inline void pack_columns_of_tile(Row&& a, int64_t depth, int64_t column, int64_t
   }
 }
 
+// Stores the first `columns` columns of the tile, or adds them to what is there.
+template <typename G, int ROWS, typename C>
+inline __attribute__((always_inline)) void put(const Tile<ROWS, C>& tile, G* to, int64_t stride, int64_t columns, bool first) {
+  constexpr int64_t width = kWidth<C>;
+  if (columns >= kTileColumns<C>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+      for (int h = 0; h < kTileVectors; h++) {
+        G* at = to + i * stride + h * width;
+        store(at, first ? tile.sum[i][h] : load(at) + tile.sum[i][h]);
+      }
+  } else {
+    const Tile<ROWS, C> copy = tile;  // so that the tile itself may stay in registers
+    C sums[ROWS][kTileColumns<C>];
+    __builtin_memcpy(sums, &copy, sizeof(sums));
+    for (int i = 0; i < ROWS; i++)
+      for (int64_t j = 0; j < columns; j++) {
+        G& at = to[i * stride + j];
+        at = narrow<G>(first ? sums[i][j] : widen(at) + sums[i][j]);
+      }
+  }
+}
+
 // out (m, n) = Σ_r a(r)ᵀ b(r), or added to out, over the rows in their order; a(r) has m numbers, b(r) has n.
 template <typename G, typename C, typename A, typename B>
 inline void outer_products(A&& a, int64_t m, B&& b, int64_t n, int64_t rows, bool first, G* out, int64_t stride, C* packed) {
-  constexpr int64_t columns = kTileColumns<C>, width = kWidth<C>;
+  constexpr int64_t columns = kTileColumns<C>;
   const int64_t room = (n + columns - 1) / columns * columns * (rows < kDepthBlock ? rows : kDepthBlock);
   C* packed_a = packed + room;
-  for (int64_t block = 0; block == 0 || block < rows; block += kDepthBlock, first = false) {
+  for (int64_t block = 0; block < rows; block += kDepthBlock, first = false) {
     const int64_t depth = rows - block < kDepthBlock ? rows - block : kDepthBlock;
     pack_rows([&](int64_t d) { return b(block + d); }, depth, n, packed);
     for_row_tiles(m, [&](int64_t i0, auto count) {
@@ -108,14 +134,9 @@ inline void outer_products(A&& a, int64_t m, B&& b, int64_t n, int64_t rows, boo
       for (int64_t p = 0; p < n; p += columns) {
         Tile<count.value, C> tile = {};
         G* to = out + i0 * stride + p;
-        if (!first)
-          for (int i = 0; i < count.value; i++)
-            for (int h = 0; h < kTileVectors; h++)
-              tile.sum[i][h] = load_some(to + i * stride + h * width, n - p - h * width);
+        for (int i = 0; i < count.value; i++) __builtin_prefetch(to + i * stride, 1);  // or the stores wait at the end
         multiply(tile, packed_a, 1, TILE_ROWS, packed + p * depth, columns, depth);
-        for (int i = 0; i < count.value; i++)
-          for (int h = 0; h < kTileVectors; h++)
-            store_some(to + i * stride + h * width, tile.sum[i][h], n - p - h * width);
+        put(tile, to, stride, n - p, first);
       }
     });
   }

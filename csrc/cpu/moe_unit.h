@@ -24,6 +24,7 @@ void activate(const Experts<Compute<S>>& all, int64_t expert, int64_t begin, int
       for (int64_t b = block; b < last; b++) {
         Tile<count.value, C> tile = {};
         multiply(tile, x, 1, packed + (b - block) * panel, kTileColumns<C>, all.dim);
+#pragma GCC unroll 16
         for (int i = 0; i < count.value; i++) {
           const Vec<C> gate = tile.sum[i][0];
           store(all.activation + (r + i) * all.hidden_stride + b * width, gate / (1 + exponential(-gate)) * tile.sum[i][1]);
@@ -49,7 +50,9 @@ void project(const Experts<Compute<S>>& all, int64_t expert, int64_t begin, int6
         Tile<count.value, C> tile = {};
         multiply(tile, all.activation + r * all.hidden_stride, all.hidden_stride, 1, packed + (b - block) * panel, columns,
                  all.hidden);
+#pragma GCC unroll 16
         for (int i = 0; i < count.value; i++)
+#pragma GCC unroll 4
           for (int h = 0; h < kTileVectors; h++)
             store(all.by_pair + all.pair[r + i] * all.dim_stride + b * columns + h * kWidth<C>,
                   all.weights[all.pair[r + i]] * tile.sum[i][h]);

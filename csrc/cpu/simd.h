@@ -119,17 +119,17 @@ inline Vec<C> relu(const Vec<C>& vector) {
   return vector > 0 ? vector : Vec<C>{};
 }
 
-// eˣ within about one unit in the last place: x = n ln 2 + r, a polynomial in r, and 2ⁿ as two factors that both exist.
+// eˣ within about one unit in the last place for x ≤ 88, e⁸⁸ above, 0 where it would be denormal: x = n ln 2 + r, a polynomial
+// in r by powers of r² so that its parts run side by side, and 2ⁿ put together from bits.
 inline Vec<float> exponential(const Vec<float>& vector) {
-  const Vec<float> none = {}, low = none - 105.0f, high = none + 89.0f, magic = none + 12582912.0f;  // 1.5 · 2²³
-  const Vec<float> x = vector < low ? low : vector > high ? high : vector;
-  const Vec<float> shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 = 0.693359375 − 0.000212…
-  const float coefficients[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-  Vec<float> p = none + 1 / 5040.0f;
-  for (const float coefficient : coefficients) p = p * r + coefficient;
-  const Ints<float> exponent = (Ints<float>)shifted - (Ints<float>)magic, half = exponent >> 1;
-  return p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((exponent - half + 127) << 23);
+  const Vec<float> none = {}, x = vector > none + 88.0f ? none + 88.0f : vector;
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 · 2²³: rounds, n in the low bits
+  const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;                       // ln 2 = 0.693359375 − 0.000212…
+  const Vec<float> square = r * r, low = r * (1 / 6.0f) + 0.5f, middle = r * (1 / 120.0f) + 1 / 24.0f,
+                   high = r * (1 / 5040.0f) + 1 / 720.0f;
+  const Vec<float> p = ((high * square + middle) * square + low) * square + r + 1.0f;
+  const Vec<float> result = p * (Vec<float>)(((Ints<float>)shifted - (0x4b400000 - 127)) << 23);
+  return x < none - 87.33f ? none : result;
 }
 inline Vec<double> exponential(const Vec<double>& vector) {
   Vec<double> result;

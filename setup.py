@@ -7,6 +7,8 @@ Python, and for every torch from the version below on. A build that fails leaves
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,8 +27,10 @@ INSTRUCTION_SETS = {
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
 }
-
-SANITIZE = os.environ.get("GENREC_SANITIZE")  # such as address,undefined: for tests/csrc
+SANITIZERS = os.environ.get("GENREC_SANITIZERS")  # such as address,undefined: slow kernels that check themselves
+if SANITIZERS:  # without the checks that multiply the code of unrolled loops; address sees what they would see
+    FLAGS += ["-O1", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize=null,object-size,pointer-overflow,vptr"]
+    FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
 def flags_for(source: str) -> list[str]:
@@ -37,12 +41,6 @@ def flags_for(source: str) -> list[str]:
     return FLAGS
 
 
-def sanitizer_flags() -> list[str]:
-    if not SANITIZE:
-        return []
-    return [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
-
-
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -51,18 +49,21 @@ class BuildKernels(build_ext):
             return self.skip("torch is not installed in the build environment (pip install torch first, then use "
                              "--no-build-isolation)")  # fmt: skip
         try:
-            objects = []
-            for source in ext.sources:
-                objects += self.compiler.compile(
-                    [source], output_dir=self.build_temp, include_dirs=include_paths(),
-                    extra_postargs=flags_for(source) + sanitizer_flags(), depends=ext.depends,
-                )  # fmt: skip
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(partial(self.compile_source, ext, include_paths()), ext.sources)
             self.compiler.link_shared_object(
-                objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=library_paths(),
-                target_lang="c++", build_temp=self.build_temp, extra_postargs=sanitizer_flags(),
+                list(objects), self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=library_paths(),
+                target_lang="c++", build_temp=self.build_temp,
+                extra_postargs=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
             )  # fmt: skip
         except Exception as error:  # whatever a compiler can do wrong, the package works without it
             self.skip(f"csrc/ did not compile ({error})")
+
+    def compile_source(self, ext: Extension, include_dirs: list[str], source: str) -> str:
+        return self.compiler.compile(
+            [source], output_dir=self.build_temp, include_dirs=include_dirs,
+            extra_postargs=flags_for(source), depends=ext.depends,
+        )[0]  # fmt: skip
 
     def skip(self, why: str) -> None:
         print(f"genrec: installing in pure PyTorch, without compiled CPU kernels, because {why}.", file=sys.stderr)

@@ -207,15 +207,16 @@ def _group_layer_norm_backward(
 
 def examples(dtype: torch.dtype, device: torch.device | str = "meta") -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches for compilation without a GPU: rows shorter than a chunk, of one chunk and of several."""
-    for dim in (20, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288):
+    for dim in (20, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288):
         x = torch.empty(1000, dim, dtype=dtype, device=device)
         ids = torch.empty(1000, dtype=torch.int64, device=device)
         weight = torch.empty(6, dim, device=device)
         few, many = ((ids, affine, affine, 1e-5) for affine in (weight[:4], weight))
-        yield f"D={dim}", partial(_group_layer_norm, x, *few)
         yield f"D={dim}, residual", partial(_add_group_layer_norm, x, x, *few)
         yield f"D={dim}, backward", partial(_group_layer_norm_backward, x, x, *few)
-        yield f"D={dim}, backward, many groups", partial(_group_layer_norm_backward, x, x, *many)
+        if dim in (20, 1024, 12288):
+            yield f"D={dim}", partial(_group_layer_norm, x, *few)
+            yield f"D={dim}, backward, many groups", partial(_group_layer_norm_backward, x, x, *many)
 
 
 implement("group_layer_norm", _group_layer_norm)

@@ -29,14 +29,13 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for e, k in (16, 4), (256, 8):
+    for e, k, biased in (16, 4, False), (16, 4, True), (256, 8, True):
         logits, weights, indices = empty(64, e), empty(64, k, dtype=torch.float32), empty(64, k, dtype=torch.int32)
+        bias = empty(e, dtype=torch.float32) if biased else None
         for renormalize in (True, False):
-            for bias in (None, empty(e, dtype=torch.float32)):
-                forward = partial(route, logits, k, bias, renormalize)
-                yield f"route E {e} k {k} renormalize {renormalize} bias {bias is not None}", forward
-            backward = partial(route_backward, weights, logits, indices, renormalize)
-            yield f"route backward E {e} k {k} renormalize {renormalize}", backward
+            name = f"E {e} k {k} bias {biased} renormalize {renormalize}"
+            yield f"route {name}", partial(route, logits, k, bias, renormalize)
+            yield f"route backward {name}", partial(route_backward, weights, logits, indices, renormalize)
 
     decoding, few, many = 16, 256, 8192
     weights, indices = empty(64, 4, dtype=torch.float32), empty(64, 4, dtype=torch.int32)

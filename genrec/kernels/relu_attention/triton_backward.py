@@ -31,7 +31,7 @@ from genrec.kernels.relu_attention.triton_tiles import (
     divisor_of,
     head_of,
     inner,
-    load,
+    matrix,
     outer,
     sequence,
     sight,
@@ -50,7 +50,7 @@ def backward_queries(
     batch, heads, length_q, length_k, tokens, blocks, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SKIP: tl.constexpr, STAGES: tl.constexpr,
+    SKIP: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """dQ of a block of rows, and far[b, block, h]: its part of the gradient of the last bias."""
     program = tl.program_id(0)
@@ -81,22 +81,22 @@ def backward_queries(
     k = head_of(k, b, h, stride_kb, stride_kh)
     v = head_of(v, b, h, stride_vb, stride_vh)
     inside = row < length_q
-    q_MD = load(q, first_q, stride_q, row, inside, DIM, CHUNK)
-    grad_MD = load(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V)
+    q_MD = matrix(q, first_q, stride_q, row, inside, DIM, CHUNK, LATE)
+    grad_MD = matrix(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V, LATE)
     sum_MD = zeros(BLOCK_M, DIM, CHUNK)
     far_M = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in tl.range(0, none_sees, BLOCK_N, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = load(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK)
-        v_ND = load(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V)
+        k_ND = matrix(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK, LATE)
+        v_ND = matrix(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V, LATE)
         weights_MN = weights_of(
-            inner(q_MD, k_ND), anchor[:, None], end[:, None], key[None, :],
+            inner(q_MD, k_ND, DIM, CHUNK), anchor[:, None], end[:, None], key[None, :],
             nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_MN, SKIP):
-            grad_weights_MN = inner(grad_MD, v_ND)
+            grad_weights_MN = inner(grad_MD, v_ND, DIM_V, CHUNK_V)
             grad_scores_MN = tl.where(weights_MN <= 0, 0.0, grad_weights_MN)  # NaN passes, as in plain PyTorch
-            sum_MD = outer(sum_MD, grad_scores_MN, k_ND)
+            sum_MD = outer(sum_MD, grad_scores_MN, k_ND, DIM, CHUNK)
             if rel_bias is not None:
                 if (furthest - first_key >= buckets - 1) | (first_key + BLOCK_N - 1 - nearest >= buckets - 1):
                     is_far = tl.abs(anchor[:, None] - key[None, :]) >= buckets - 1
@@ -143,7 +143,7 @@ def backward_keys(
     batch, heads, length_q, length_k, tokens, blocks, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, ATOMIC: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SKIP: tl.constexpr, STAGES: tl.constexpr,
+    SKIP: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """dK and dV of a block of keys. If ATOMIC, add to grad_q and grad_bias as well, both float32."""
     program = tl.program_id(0)
@@ -177,8 +177,8 @@ def backward_keys(
     v = head_of(v, b, h, stride_vb, stride_vh)
     key = first_key + tl.arange(0, BLOCK_N)
     exists = key < length_k
-    k_ND = load(k, first_k, stride_k, key, exists, DIM, CHUNK)
-    v_ND = load(v, first_k, stride_v, key, exists, DIM_V, CHUNK_V)
+    k_ND = matrix(k, first_k, stride_k, key, exists, DIM, CHUNK, LATE)
+    v_ND = matrix(v, first_k, stride_v, key, exists, DIM_V, CHUNK_V, LATE)
     sum_k_ND = zeros(BLOCK_N, DIM, CHUNK)
     sum_v_ND = zeros(BLOCK_N, DIM_V, CHUNK_V)
     n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
@@ -186,26 +186,26 @@ def backward_keys(
     for first_row in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < length_q
-        q_MD = load(q, first_q, stride_q, row, inside, DIM, CHUNK)
-        grad_MD = load(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V)
+        q_MD = matrix(q, first_q, stride_q, row, inside, DIM, CHUNK, LATE)
+        grad_MD = matrix(grad, first_q, stride_g, row, inside, DIM_V, CHUNK_V, LATE)
         anchor, end, nearest, furthest, all_see, _ = sight(
             row, first_row, limit, stride_l, length_q, length_k, CAUSAL, BLOCK_M
         )
         weights_NM = weights_of(
-            inner(k_ND, q_MD), anchor[None, :], end[None, :], key[:, None],
+            inner(k_ND, q_MD, DIM, CHUNK), anchor[None, :], end[None, :], key[:, None],
             nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_NM, SKIP):
-            grad_weights_NM = inner(v_ND, grad_MD)
+            grad_weights_NM = inner(v_ND, grad_MD, DIM_V, CHUNK_V)
             grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)
             if VISIBLE:
                 own_M = tl.maximum(end, 1).to(tl.float32)
                 weights_NM /= own_M[None, :]
                 grad_scores_NM /= own_M[None, :]
-            sum_v_ND = outer(sum_v_ND, weights_NM, grad_MD)
-            sum_k_ND = outer(sum_k_ND, grad_scores_NM, q_MD)
+            sum_v_ND = outer(sum_v_ND, weights_NM, grad_MD, DIM_V, CHUNK_V)
+            sum_k_ND = outer(sum_k_ND, grad_scores_NM, q_MD, DIM, CHUNK)
             if ATOMIC:
-                part_MD = outer(zeros(BLOCK_M, DIM, CHUNK), tl.trans(grad_scores_NM), k_ND)
+                part_MD = outer(zeros(BLOCK_M, DIM, CHUNK), tl.trans(grad_scores_NM), k_ND, DIM, CHUNK)
                 add(grad_q, first_q, stride_oq, row, inside, times(part_MD, scale / n), DIM, CHUNK)
                 if rel_bias is not None:
                     add_by_distance(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genrec.kernels.launch import launch
 from genrec.kernels.relu_attention.triton_call import Call
-from genrec.kernels.relu_attention.triton_tiles import divisor_of, head_of, inner, load, sequence, sight, weights_of
+from genrec.kernels.relu_attention.triton_tiles import divisor_of, head_of, inner, matrix, sequence, sight, weights_of
 
 GROUPS = 64
 ROWS = 1024
@@ -93,8 +93,8 @@ def backward_bias(
             anchor, end, nearest, furthest, all_see, none_sees = sight(
                 row, first_row, limit_b, stride_l, rows, keys, CAUSAL, BLOCK_M
             )
-            q_MD = load(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, CHUNK)
-            grad_MD = load(
+            q_MD = matrix(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, CHUNK, LATE)
+            grad_MD = matrix(
                 head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, CHUNK_V
             )
             for AHEAD in tl.static_range(0, 1 if CAUSAL or limit is not None else 2):
@@ -105,13 +105,13 @@ def backward_bias(
                 for first_key in tl.range(tl.maximum(low, 0), tl.minimum(high, none_sees), BLOCK_N, num_stages=1):
                     key = first_key + tl.arange(0, BLOCK_N)
                     seen = key < none_sees
-                    k_ND = load(head_of(k, b, h, stride_kb, stride_kh), first_k, stride_k, key, seen, DIM, CHUNK)
-                    v_ND = load(head_of(v, b, h, stride_vb, stride_vh), first_k, stride_v, key, seen, DIM_V, CHUNK_V)
+                    k_ND = matrix(head_of(k, b, h, stride_kb, stride_kh), first_k, stride_k, key, seen, DIM, CHUNK, LATE)
+                    v_ND = matrix(head_of(v, b, h, stride_vb, stride_vh), first_k, stride_v, key, seen, DIM_V, CHUNK_V, LATE)
                     weights_NM = weights_of(
-                        inner(k_ND, q_MD), anchor[None, :], end[None, :],
+                        inner(k_ND, q_MD, DIM, CHUNK), anchor[None, :], end[None, :],
                         key[:, None], nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
                     )  # fmt: skip
-                    grad_weights_NM = inner(v_ND, grad_MD) / n
+                    grad_weights_NM = inner(v_ND, grad_MD, DIM_V, CHUNK_V) / n
                     if VISIBLE:
                         grad_weights_NM /= tl.maximum(end, 1).to(tl.float32)[None, :]
                     grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)

@@ -31,7 +31,7 @@ from genrec.kernels.relu_attention.triton_tiles import (
     divisor_of,
     head_of,
     inner,
-    load,
+    matrix,
     outer,
     plus,
     sequence,
@@ -59,7 +59,7 @@ def forward(
     batch, heads, length_q, length_k, tokens, least, most, blocks, parts, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, SPLIT: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SKIP: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr = None,
+    SKIP: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False, PART: tl.constexpr = None,
 ):  # fmt: skip
     """Sequences of `least` … `most` rows; where packed, one sequence past the last stands for the slack rows."""
     program = tl.program_id(0)
@@ -89,7 +89,7 @@ def forward(
     q = head_of(q, b, h, stride_qb, stride_qh)
     k = head_of(k, b, h, stride_kb, stride_kh)
     v = head_of(v, b, h, stride_vb, stride_vh)
-    q_MD = load(q, first_q, stride_q, row, row < length_q, DIM, CHUNK)
+    q_MD = matrix(q, first_q, stride_q, row, row < length_q, DIM, CHUNK, LATE)
     total_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
     sum_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
     low, high = 0, none_sees
@@ -98,14 +98,14 @@ def forward(
         high = tl.minimum(none_sees, low + PART)
     for first_key in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = load(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK)
-        v_ND = load(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V)
+        k_ND = matrix(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK, LATE)
+        v_ND = matrix(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V, LATE)
         weights_MN = weights_of(
-            inner(q_MD, k_ND), anchor[:, None], end[:, None], key[None, :], nearest, furthest, all_see, first_key,
+            inner(q_MD, k_ND, DIM, CHUNK), anchor[:, None], end[:, None], key[None, :], nearest, furthest, all_see, first_key,
             rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_MN, SKIP):
-            sum_MD = outer(sum_MD, weights_MN, v_ND)
+            sum_MD = outer(sum_MD, weights_MN, v_ND, DIM_V, CHUNK_V)
         if PART is not None:
             if (first_key + BLOCK_N) % PART == 0:
                 total_MD = plus(total_MD, sum_MD)
@@ -149,7 +149,7 @@ def combine(
     slot = first_slot(cu_k, first_k, b, parts, PART)
     for part in range(0, tl.cdiv(tl.maximum(length_k, 1), PART)):
         first = ((slot + part) * heads + h) * most
-        total_MD = plus(total_MD, load(partial, first, DIM_V, row, inside, DIM_V, CHUNK_V))
+        total_MD = plus(total_MD, matrix(partial, first, DIM_V, row, inside, DIM_V, CHUNK_V)[0])
     n = divisor_of(divisors, divisor, b, length_k, VISIBLE)
     if VISIBLE:
         _, end, _, _, _, _ = sight(row, first_row, limit, stride_l, length_q, length_k, CAUSAL, BLOCK_M)

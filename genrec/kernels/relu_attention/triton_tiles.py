@@ -1,8 +1,8 @@
 """What the Triton kernels of ReLU attention share: where a sequence lies, what its rows see, and a tile of weights.
 
 All kernels read (B, H, L, D) tensors and packed (T, H, D) tensors through the same three strides: of the batch (0 where
-packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements. Rows are held
-as a tuple of tiles of CHUNK columns: one of them mostly, several in float32, where a product needs the registers for three.
+packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements. A matrix is
+held as tiles of CHUNK columns: mostly one of them, several in float32, where a product needs the registers for three.
 """
 
 from __future__ import annotations
@@ -28,21 +28,40 @@ def head_of(pointer, b, h, stride_b, stride_h):
 
 
 @triton.jit
-def load(pointer, first, stride, row, inside, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows `row` of a matrix from row `first` on, 0 where not `inside`, as tiles of CHUNK columns."""
+def matrix(pointer, first, stride, row, inside, DIM: tl.constexpr, CHUNK: tl.constexpr, LATE: tl.constexpr = False):
+    """Rows `row` of a matrix from row `first` on, 0 where not `inside`: (tiles, pointers to the rows, inside).
+
+    The tiles, of CHUNK columns, are loaded now, which lets the compiler copy them ahead of time. LATE leaves them to
+    be loaded where they are used, every time, which takes the fewest registers.
+    """
+    pointers = pointer + (first + row) * stride
     tiles = ()
-    for column in tl.static_range(0, max(DIM, 1), CHUNK):
-        columns = column + tl.arange(0, CHUNK)
-        mask = inside[:, None]
-        if column + CHUNK > DIM:
-            mask = mask & (columns < DIM)[None, :]
-        tiles = tiles + (tl.load(pointer + (first + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0),)
-    return tiles
+    if not LATE:
+        for i in tl.static_range(0, tl.cdiv(max(DIM, 1), CHUNK)):
+            tiles = tiles + (load(pointers, inside, i * CHUNK, DIM, CHUNK),)
+    return tiles, pointers, inside
+
+
+@triton.jit
+def load(pointers, inside, column, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    columns = column + tl.arange(0, CHUNK)
+    mask = inside[:, None]
+    if DIM % CHUNK != 0 or DIM == 0:
+        mask = mask & (columns < DIM)[None, :]
+    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def tile(matrix, i, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns i · CHUNK … (i + 1) · CHUNK − 1 of a matrix."""
+    tiles, pointers, inside = matrix
+    if len(tiles) > 0:
+        return tiles[i]
+    return load(pointers, inside, i * CHUNK, DIM, CHUNK)
 
 
 @triton.jit
 def store(pointer, first, stride, row, inside, tiles, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """The inverse of `load`."""
     for i in tl.static_range(len(tiles)):
         columns = i * CHUNK + tl.arange(0, CHUNK)
         pointers = pointer + (first + row)[:, None] * stride + columns[None, :]
@@ -75,20 +94,27 @@ def times(tiles, factor):
 
 
 @triton.jit
-def inner(a, b):
-    """A Bᵀ in float32."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision="tf32x3")
-    for i in tl.static_range(1, len(a)):
-        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision="tf32x3")
+def inner(a, b, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """A Bᵀ of two matrices, in float32."""
+    if len(a[0]) > 0:
+        product = tl.dot(a[0][0], tl.trans(b[0][0]), input_precision="tf32x3")
+        for i in tl.static_range(1, len(a[0])):
+            product = tl.dot(a[0][i], tl.trans(b[0][i]), product, input_precision="tf32x3")
+    else:
+        product = tl.zeros((a[1].shape[0], b[1].shape[0]), tl.float32)
+        for column in tl.range(0, DIM, CHUNK, num_stages=2):
+            a_c, b_c = load(a[1], a[2], column, DIM, CHUNK), load(b[1], b[2], column, DIM, CHUNK)
+            product = tl.dot(a_c, tl.trans(b_c), product, input_precision="tf32x3")
     return product
 
 
 @triton.jit
-def outer(sums, a, b):
-    """sums + A B, A rounded to the dtype of B."""
+def outer(sums, a, b, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """sums + A B of a tile and a matrix, A rounded to the dtype of B."""
     tiles = ()
-    for i in tl.static_range(len(b)):
-        tiles = tiles + (tl.dot(a.to(b[i].dtype), b[i], sums[i], input_precision="tf32x3"),)
+    for i in tl.static_range(len(sums)):
+        b_i = tile(b, i, DIM, CHUNK)
+        tiles = tiles + (tl.dot(a.to(b_i.dtype), b_i, sums[i], input_precision="tf32x3"),)
     return tiles
 
 

@@ -337,8 +337,8 @@ def test_sizes_around_the_tiles(lq, lk, d, dv, r, mask, layout):
 def test_measured_error_of_long_sequences(dtype, mask):
     tensors, options = dense(mask, b=1, h=2, lq=150, lk=170, d=64, dv=40, r=64)
     assert_measured(
-        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, normalizer="visible", **options),
-        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, normalizer="visible", **options),
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
         tensors,
         dtype,
     )

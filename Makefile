@@ -4,8 +4,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# Every tensor in an allocation of its own, or an access past the end would land in a neighbour unseen.
+SANITIZER := GENREC_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help install demo test lint bench gpu kernels-check clean
+.PHONY: help install demo test lint bench kernels-check tune gpu clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -37,12 +39,20 @@ lint: install  ## ruff and mypy
 bench: install  ## the operators against plain PyTorch
 	$(BIN)/python -m pytest bench --benchmark-only
 
-gpu: install  ## the kernel tests on a CUDA device
-	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device found; expected one')"
-	GENREC_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
-
-kernels-check: install  ## which kernels are native here, and whether they agree with the float64 reference
+kernels-check: install  ## every Triton kernel compiled for six GPU architectures; every operator against float64
+	$(BIN)/python -m genrec.kernels.compilation
 	$(BIN)/genrec doctor --check true
+
+tune: install  ## search the launch tables on this GPU and rewrite them; OP="moe rq_nearest" names operators
+	$(BIN)/python -m genrec.kernels.tuning $(if $(OP),--op $(OP))
+
+gpu: install  ## the kernel tests on a CUDA device, a few under compute-sanitizer, then the benchmarks
+	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device found; expected one')"
+	@command -v compute-sanitizer >/dev/null || { echo 'make gpu: compute-sanitizer is not on PATH; expected it there, from the CUDA toolkit' >&2; exit 1; }
+	GENREC_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
+	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
+	$(MAKE) bench
 
 clean:  ## remove everything that make built
 	rm -rf $(VENV) build *.egg-info genrec/*.so .pytest_cache .mypy_cache .ruff_cache .coverage*

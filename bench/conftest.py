@@ -1,18 +1,96 @@
-"""A speed is reported only where the result is right: every benchmark checks its operator first."""
+"""A speed is reported only where the result is right: every case checks its contenders against each other first.
+
+pytest bench                 every case once, as a test
+pytest bench --race          the speeds, and bench/results/<machine>.csv with --csv
+"""
+
+import csv
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
-THREADS = 1
+from bench.race import Result, copy_rate, matmul_rate
+from bench.race import race as run_race
+
+RESULTS: list[Result] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--race", action="store_true", help="measure; without it every case runs once, as a test")
+    parser.addoption("--threads", type=int, default=2, help="threads of torch while measuring")
+    parser.addoption("--seconds", type=float, default=1.5, help="for each contender of each case")
+    parser.addoption("--csv", type=Path, help="also write the table to this file")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Figures of a shared machine are comparable on one thread only."""
-    torch.set_num_threads(THREADS)
+def threads(request):
+    torch.set_num_threads(request.config.getoption("--threads"))
 
 
 @pytest.fixture
 def randn():
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator)
+
+
+@pytest.fixture
+def race(request):
+    """race(case, contenders, flops=, bytes=, goal=): "genrec" and its peers, functions without arguments that return
+    the same tensors."""
+
+    def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None):
+        results = {}
+        for name, function in contenders.items():
+            with (within or {}).get(name, nullcontext)():
+                results[name] = function()
+        expected = _tensors(next(result for name, result in results.items() if name != "genrec"))
+        for name, result in results.items():
+            for ours, theirs in zip(_tensors(result), expected, strict=True):
+                assert torch.isfinite(ours).all(), name
+                assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
+        if request.config.getoption("--race"):
+            medians, spread = run_race(contenders, request.config.getoption("--seconds"), within or {})
+            RESULTS.append(Result(case, medians, spread, flops, bytes, goal))
+
+    return run
+
+
+def _tensors(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not RESULTS:
+        return
+    write = terminalreporter.write_line
+    rates = f"matmul {matmul_rate() / 1e9:.0f} GFLOP/s, copy {copy_rate() / 1e9:.1f} GB/s"
+    write(f"\n{torch.get_num_threads()} threads: {rates}")
+    write(f"{'case':64} {'genrec':>9} {'strongest peer':>24} {'ratio':>7} {'goal':>5} {'share':>6}")
+    for r in RESULTS:
+        peer = f"{r.best_peer} {_time(r.seconds[r.best_peer])}"
+        goal = f"{r.goal:.1f}×" if r.goal else ""
+        share = f"{r.share:.0%}" if r.flops or r.bytes else ""
+        write(f"{r.case:64} {_time(r.ours):>9} {peer:>24} {r.ratio:6.2f}× {goal:>5} {share:>6}")
+    if path := config.getoption("--csv"):
+        _write_csv(path)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds > 1e-3 else f"{seconds * 1e6:.1f} µs"
+
+
+def _write_csv(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["case", "contender", "seconds", "spread", "flops", "bytes", "matmul_rate", "copy_rate", "threads"]
+        )
+        for r in RESULTS:
+            for name, seconds in r.seconds.items():
+                work = f"{r.flops:.4g}", f"{r.bytes:.4g}", f"{matmul_rate():.4g}", f"{copy_rate():.4g}"
+                writer.writerow(
+                    [r.case, name, f"{seconds:.4g}", f"{r.spread[name]:.3f}", *work, torch.get_num_threads()]
+                )

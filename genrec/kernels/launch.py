@@ -2,7 +2,8 @@
 at run time, and every launch goes through `launch`, so that compilation without a GPU sees exactly what runs with one.
 
 `launch.csv` of an operator has one row per kernel, architecture and shape class. Lower-case columns are what a launch
-is looked up by, the others are what it gets: constants of the kernel (upper case), num_warps and num_stages.
+is looked up by, the others are what it gets: constants of the kernel (upper case), num_warps, num_stages and, where the
+assembler would rather spill than use more registers, maxnreg.
 
     kernel,arch,dtype,dim,BLOCK_M,BLOCK_N,num_warps,num_stages
     forward,80,fp16,64,128,64,4,3
@@ -24,7 +25,7 @@ from torch import Tensor
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INTERPRETED = 80  # the rows that the interpreter runs with
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
@@ -44,12 +45,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if target is not None:
         target.record(kernel, grid, args, constants)
     elif 0 not in grid:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        device = _device_of(args)
+        if device < 0 or device == torch.cuda.current_device():
+            kernel[grid](*args, **constants)
+        else:
             with torch.cuda.device(device):
                 kernel[grid](*args, **constants)
-        else:
-            kernel[grid](*args, **constants)
+
+
+def _device_of(args: tuple[Any, ...]) -> int:
+    """The index of the GPU, -1 for the CPU."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.get_device()
+    raise TypeError("a kernel is launched without a tensor; expected one, whose device it runs on")
 
 
 @functools.cache
@@ -71,21 +80,19 @@ class Table:
     def __init__(self, path: Path) -> None:
         with open(path, newline="") as file:
             self.rows = [dict(row) for row in csv.DictReader(file)]
-        self._found: dict[tuple[Any, ...], dict[str, int]] = {}
+        self.path = path
+        self.found: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, int]]] = {}  # clear it after changing a row
 
     def config(self, kernel: str, tensor: Tensor, **sizes: int) -> dict[str, int]:
         """The launch of `kernel` for the tensor's device and dtype and the sizes that the table asks for."""
-        arch, dtype = architecture(tensor.device), DTYPES[tensor.dtype]
-        key = (kernel, arch, dtype, *sizes.values())
-        if key not in self._found:
-            self._found[key] = launch_of(self.row(kernel, arch, dtype, sizes))
-        return self._found[key]
+        key = (kernel, tensor.dtype, target.arch if target else tensor.get_device(), *sizes.items())
+        if key not in self.found:
+            row = self.row(kernel, architecture(tensor.device), DTYPES[tensor.dtype], sizes)
+            self.found[key] = row, launch_of(row)
+        return self.found[key][1]
 
     def row(self, kernel: str, arch: int, dtype: str, sizes: dict[str, int]) -> dict[str, str]:
-        rows = [row for row in self.rows if row["kernel"] == kernel and row["dtype"] in ("*", dtype)]
-        archs = {int(row["arch"]) for row in rows}
-        newest = max((a for a in archs if a <= arch), default=min(archs, default=0))
-        rows = [row for row in rows if int(row["arch"]) == newest]
+        rows = serving(self.rows, kernel, arch, dtype)
         for name, size in sizes.items():
             values = {int(row[name]) for row in rows}
             nearest = min((v for v in values if v >= size), default=max(values, default=0))
@@ -95,6 +102,18 @@ class Table:
         return rows[0]
 
 
+def serving(rows: list[dict[str, str]], kernel: str, arch: int, dtype: str) -> list[dict[str, str]]:
+    """The rows of the newest architecture that is not newer than `arch`; of the oldest, where all are newer."""
+    rows = [row for row in rows if row["kernel"] == kernel and row["dtype"] in ("*", dtype)]
+    archs = {int(row["arch"]) for row in rows}
+    newest = max((a for a in archs if a <= arch), default=min(archs, default=0))
+    return [row for row in rows if int(row["arch"]) == newest]
+
+
 def launch_of(row: dict[str, str]) -> dict[str, int]:
     """The constants and options of a row; empty cells are left to the kernel."""
-    return {name: int(value) for name, value in row.items() if value and (name.isupper() or name in OPTIONS)}
+    return {name: int(value) for name, value in row.items() if value and not looks_up(name)}
+
+
+def looks_up(column: str) -> bool:
+    return column.islower() and column not in OPTIONS

@@ -21,7 +21,7 @@ def triton_kernels(device: torch.device) -> Iterator[None]:
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from genrec.kernels.library import TRITON, load_triton
 
-    _repair_bfloat16_dot()
+    _repair_bfloat16()
     load_triton()
     with warnings.catch_warnings(), torch.library._scoped_library("genrec", "IMPL") as library:
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
@@ -30,14 +30,36 @@ def triton_kernels(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _repair_bfloat16_dot() -> None:
-    """The interpreter multiplies the bits of bfloat16 as if they were integers; give it the values instead."""
+@pytest.fixture
+def exact_dots(triton_kernels: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests to the bit: numpy rounds a row's float32 products by its place in the tile, as no tensor core does."""
+    if device.type == "cuda":
+        return
     import triton.language as tl
     from triton.runtime import interpreter
 
     create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def exact(self, a, b, total, *rest):
+        wide = interpreter.TensorHandle(total.data.astype(np.float64), tl.float64)
+        return interpreter.TensorHandle(create_dot(self, a, b, wide, *rest).data.astype(np.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact)
+
+
+def _repair_bfloat16() -> None:
+    """The interpreter cuts float32 to bfloat16 where hardware rounds, and multiplies bfloat16's bits as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
     if hasattr(create_dot, "repaired"):
         return
+
+    def round_to_nearest(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, mode)
+        return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
 
     def widen(operand):
         if operand.dtype.scalar != tl.bfloat16:
@@ -45,8 +67,9 @@ def _repair_bfloat16_dot() -> None:
         bits = operand.data.view(np.uint16).astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
-    def repaired(self, a, b, *rest):
+    def dot(self, a, b, *rest):
         return create_dot(self, widen(a), widen(b), *rest)
 
-    repaired.repaired = True
-    interpreter.InterpreterBuilder.create_dot = repaired
+    dot.repaired = True
+    interpreter._convert_float = round_to_nearest
+    interpreter.InterpreterBuilder.create_dot = dot

@@ -1,0 +1,58 @@
+"""The Triton kernels of the mixture of experts, behind the operators of op.py.
+
+    triton_route.py     logits → weights and indices, and back
+    triton_order.py     (token, slot) pairs → the order of their experts
+    triton_experts.py   the experts, forward
+    triton_backward.py  the experts, backward
+
+An index outside [0, E) is never followed. NaN shows it: the output and gradient of its token, and the gradient of its
+weight. The gradients of the experts leave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from genrec.kernels.library import implement
+from genrec.kernels.moe.triton_backward import experts_backward
+from genrec.kernels.moe.triton_experts import experts
+from genrec.kernels.moe.triton_route import route, route_backward
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls on meta tensors that reach every kernel and every branch, for compilation without a GPU."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for e, k, biased in (16, 4, False), (16, 4, True), (256, 8, True):
+        logits, weights, indices = empty(64, e), empty(64, k, dtype=torch.float32), empty(64, k, dtype=torch.int32)
+        bias = empty(e, dtype=torch.float32) if biased else None
+        for renormalize in (True, False):
+            name = f"E {e} k {k} bias {biased} renormalize {renormalize}"
+            yield f"route {name}", partial(route, logits, k, bias, renormalize)
+            yield f"route backward {name}", partial(route_backward, weights, logits, indices, renormalize)
+
+    decoding, few, many = 16, 256, 8192
+    weights, indices = empty(64, 4, dtype=torch.float32), empty(64, 4, dtype=torch.int32)
+    transposed = (empty(64, 128), weights, indices, empty(8, 128, 128).mT, empty(8, 64, 128).mT)
+    yield "experts with transposed weights", partial(experts, *transposed)
+    yield "experts backward with transposed weights", partial(experts_backward, transposed[0], *transposed)
+    for t, e, d, f in (
+        *((decoding, 16, 1024, 1024), (few, 16, 1024, 1024), (many, 16, 1024, 1024)),  # the shape classes
+        *((many, 5, 112, 80), (many, 256, 100, 60)),  # tiles that are cut, and loads that go element by element
+    ):
+        x, weights, indices = empty(t, d), empty(t, 4, dtype=torch.float32), empty(t, 4, dtype=torch.int32)
+        arguments = (x, weights, indices, empty(e, 2 * f, d), empty(e, d, f))
+        yield f"experts T {t} E {e} D {d} F {f}", partial(experts, *arguments)
+        yield f"experts backward T {t} E {e} D {d} F {f}", partial(experts_backward, x, *arguments)
+
+
+implement("moe_route", route)
+implement("moe_route_backward", route_backward)
+implement("moe_experts", experts)
+implement("moe_experts_backward", experts_backward)

@@ -169,6 +169,7 @@ inline void weigh(const Block<C>& block, const Sight& sight, int64_t row, int64_
 
 // sum[row …][column …] += Σ_d a(row, d) · b[d][column …] for `count` rows and the columns of one tile, where
 // a(r, d) = a[r][d], or a[d][r] if TRANSPOSED. Only those d count whose bit d / unit is in `mask`.
+// A block is summed by itself before it is added: rounding errors grow with the length of a block, not of a sequence.
 // A zero weight times a value that is not finite is nothing: it belongs to a key that the row does not use.
 template <bool TRANSPOSED, typename C>
 inline void add_product(C* sum, int64_t row, int64_t count, int64_t column, int64_t columns, const C* a, const C* b,
@@ -178,11 +179,7 @@ inline void add_product(C* sum, int64_t row, int64_t count, int64_t column, int6
   with_rows(count, [&](auto number) {
     constexpr int rows = number.value;
     C* out = sum + row * wide + column;
-    Tile<rows, C> tile;
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-      for (int h = 0; h < kTileVectors; h++) tile.sum[r][h] = load(out + r * wide + h * kWidth<C>);
+    Tile<rows, C> tile = {};
     for (uint64_t left = mask; left;) {
       const int64_t begin = __builtin_ctzll(left), end = begin + __builtin_ctzll(~(left >> begin));
       left &= ~uint64_t(0) << end;
@@ -202,7 +199,7 @@ inline void add_product(C* sum, int64_t row, int64_t count, int64_t column, int6
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-      for (int h = 0; h < kTileVectors; h++) store(out + r * wide + h * kWidth<C>, tile.sum[r][h]);
+      for (int h = 0; h < kTileVectors; h++) store(out + r * wide + h * kWidth<C>, load(out + r * wide + h * kWidth<C>) + tile.sum[r][h]);
   });
 }
 

@@ -25,7 +25,7 @@ def check_dims(name: str, tensor: Tensor, layout: str) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> None:
-    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+    if tensor.shape != tuple(expected):
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {layout} = {tuple(expected)}")
 
 

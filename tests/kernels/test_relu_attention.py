@@ -2,12 +2,16 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, strided
+from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, permuted, strided
 
-from genrec.kernels import relu_attention, relu_attention_varlen
+from genrec.kernels import native_operators, relu_attention, relu_attention_varlen
 from genrec.kernels.relu_attention import reference
 
 HALF = [torch.float32, torch.bfloat16, torch.float16]
+MASKS = ["none", "causal", "limit"]
+compiled = pytest.mark.skipif(
+    "relu_attention" not in native_operators(DEVICE.type), reason="plain PyTorch promises less than the kernels"
+)
 
 
 def randn(*shape, dtype=torch.float64, seed=0):
@@ -306,4 +310,167 @@ T = torch.zeros(5, 3, 4)
 )
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
+        call()
+
+
+SIZES = st.sampled_from([0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 95, 97, 130, 200])
+DIMS = st.sampled_from([1, 3, 4, 7, 8, 9, 16, 17, 32, 40])
+LAYOUTS = st.sampled_from(["as is", "odd", "turned"])
+
+
+@settings(max_examples=60)
+@given(
+    SIZES, SIZES, DIMS, DIMS, st.integers(1, 150), st.sampled_from(MASKS), st.sampled_from(["as is", "odd", "turned"])
+)
+def test_sizes_around_the_tiles(lq, lk, d, dv, r, mask, layout):
+    tensors, options = dense(mask, b=1, h=2, lq=lq, lk=lk, d=d, dv=dv, r=r)
+    tensors = [{"as is": lambda x: x, "odd": strided, "turned": permuted}[layout](x) for x in tensors]
+    assert_same(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("mask", MASKS)
+def test_measured_error_of_long_sequences(dtype, mask):
+    tensors, options = dense(mask, b=1, h=2, lq=150, lk=170, d=64, dv=40, r=64)
+    assert_measured(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
+        tensors,
+        dtype,
+    )
+
+
+def both_passes(call, leaves, grad):
+    """The output and its gradients for one gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = call(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_sequence_has_the_same_bits_in_any_company(dtype, mask):
+    lengths = [70, 9, 0, 130, 33]
+    (q, k, v, bias), cu, options = packed(lengths, lengths, slack=0, h=2, d=24, dv=16, mask=mask, dtype=dtype)
+    grad, starts = torch.randn_like(v), cu[0].tolist()
+    together = both_passes(varlen(cu, options, lengths, lengths), (q, k, v, bias), grad)
+    for order in ([0], [3], [4, 3, 1, 0], [1, 1, 2, 4]):
+        tokens = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in order]).to(DEVICE)
+        some, new = [lengths[b] for b in order], dict(options)
+        if mask == "limit":
+            new["key_limit"] = options["key_limit"][tokens]
+        call = varlen((offsets(some), offsets(some)), new, some, some)
+        apart = both_passes(call, (q[tokens], k[tokens], v[tokens], bias), grad[tokens])
+        assert all(torch.equal(a, t[tokens]) for a, t in zip(apart[:4], together[:4], strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("lengths", [[300], [400, 7, 30, 0, 1]])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_number_of_threads_changes_no_bit(mask, lengths):
+    tensors, cu, options = packed(lengths, lengths, h=1, d=16, dv=8, r=90, mask=mask, dtype=torch.float32)
+    grad, threads = torch.randn_like(tensors[2]), torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 16):  # the long sequences are cut into pieces where there are many threads
+            torch.set_num_threads(number)
+            results.append(both_passes(varlen(cu, options, lengths, lengths), tensors, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+
+@compiled
+def test_decoding_has_the_bits_of_the_full_pass():
+    (q, k, v, bias), _ = dense(lq=150, lk=150, d=16, dtype=torch.float32)
+    options = {"causal": True, "rel_bias": bias, "normalizer": "visible"}
+    full = relu_attention(q, k, v, **options)
+    for n in (1, 16, 17, 64, 65, 150):
+        assert torch.equal(
+            relu_attention(q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n], **options), full[:, :, n - 1 : n]
+        )
+
+
+@compiled
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", ["k", "v", "both"])
+def test_a_hidden_key_may_hold_anything(poisoned, bad):
+    tensors, _ = dense(b=1, h=2, lq=40, lk=40, d=8, dv=8, dtype=torch.float32)
+    limit = torch.randint(0, 41, (1, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    hidden = limit[0] <= 25  # rows that do not see key 25
+    call = lambda q, k, v, b: relu_attention(q, k, v, key_limit=limit, rel_bias=b)  # noqa: E731
+    grad = torch.randn(1, 2, 40, 8).to(DEVICE)
+    expected = both_passes(call, tensors, grad)
+    q, k, v, bias = (x.clone() for x in tensors)
+    for x in {"k": [k], "v": [v], "both": [k, v]}[poisoned]:
+        x[:, :, 25] = bad
+    out, grad_q, *_ = both_passes(call, (q, k, v, bias), grad)
+    assert torch.equal(out[:, :, hidden], expected[0][:, :, hidden])
+    assert torch.equal(grad_q[:, :, hidden], expected[1][:, :, hidden])
+    assert not out[:, :, ~hidden].isfinite().all()  # a row that sees it is not spared
+
+
+@compiled
+def test_a_key_is_not_spoiled_by_rows_that_do_not_see_it():
+    (q, k, v, _), _ = dense(b=1, h=1, lq=40, lk=40, d=8, dv=8, dtype=torch.float32)
+    grad = torch.randn(1, 1, 40, 8).to(DEVICE)
+    call = lambda q, k, v: relu_attention(q, k, v, causal=True)  # noqa: E731
+    expected = both_passes(call, (q, k, v), grad)
+    q, grad = q.clone(), grad.clone()
+    q[:, :, 20], grad[:, :, 21] = float("nan"), float("nan")
+    gradients = both_passes(call, (q, k, v), grad)[1:]
+    for gradient, clean in zip(gradients[1:], expected[2:], strict=True):
+        assert torch.equal(gradient[:, :, 22:], clean[:, :, 22:])
+
+
+@compiled
+def test_bias_of_another_dtype():
+    tensors, options = dense("causal", dtype=torch.bfloat16)
+    *qkv, bias = tensors
+    grad = torch.ones_like(tensors[0][..., :1]).expand(-1, -1, -1, 6)
+    results = both_passes(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options), (*qkv, bias.double()), grad
+    )
+    assert [x.dtype for x in results] == [torch.bfloat16] * 4 + [torch.float64]
+
+
+CALL = torch.ops.genrec.relu_attention
+PACKED_CALL = torch.ops.genrec.relu_attention_varlen
+REST = (None, None, None, False, 0.5, 0.0, False)
+
+
+@compiled
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the offsets of a GPU are not looked at")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: CALL(Q, Q[:, :2], Q, *REST), r"k must be \(B, H, Lk, D\)"),
+        (lambda: CALL(Q, Q, Q[:, :, :4], *REST), r"v must be \(B, H, Lk, Dv\)"),
+        (lambda: CALL(Q, Q.double(), Q, *REST), "one dtype"),
+        (lambda: CALL(Q[0], Q[0], Q[0], *REST), "4 dimensions"),
+        (lambda: CALL(Q.int(), Q.int(), Q.int(), *REST), "q must be float64"),
+        (lambda: CALL(Q, Q, Q, torch.zeros(2, 4).long(), *REST[1:]), r"key_limit must be \(B, Lq\)"),
+        (lambda: CALL(Q, Q, Q, torch.zeros(2, 5), *REST[1:]), "key_limit must be int32 or int64"),
+        (lambda: CALL(Q, Q, Q, None, torch.zeros(3, 0), *REST[2:]), r"rel_bias must be \(H, R\)"),
+        (lambda: CALL(Q, Q, Q, None, None, torch.ones(3), *REST[3:]), r"divisors must be \(B,\)"),
+        (lambda: PACKED_CALL(T, T, T, CU, CU + 4, 2, 2, *REST), "cu_seqlens_k must start at 0"),
+        (lambda: PACKED_CALL(T, T, T, CU * 2, CU, 2, 2, *REST), "end at most at 5, the number of tokens"),
+        (
+            lambda: PACKED_CALL(T, T, T, torch.tensor([0, 3, 1]), CU, 2, 2, *REST),
+            "cu_seqlens_q must start at 0, never fall",
+        ),
+        (lambda: PACKED_CALL(T, T, T, CU[:2], CU, 2, 2, *REST), "one shape"),
+        (
+            lambda: torch.ops.genrec.relu_attention_backward(Q[..., :3], Q, Q, Q, *REST),
+            "grad must have the shape of the output",
+        ),
+    ],
+)
+def test_the_kernel_itself_refuses_what_it_cannot_do(call, message):
+    with pytest.raises(RuntimeError, match=message):
         call()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from operator import sub
 
 import torch
 from torch import Tensor
@@ -55,14 +56,18 @@ def relu_attention(
         ValueError: a shape, device, scale or normalizer that does not fit, or both causal and key_limit.
         TypeError: a dtype that does not fit.
     """
-    for name, tensor, layout in (("q", q, "(B, H, Lq, D)"), ("k", k, "(B, H, Lk, D)"), ("v", v, "(B, H, Lk, Dv)")):
-        check_dims(name, tensor, layout)
-    batch, heads, length_q, dim = q.shape
-    check_shape("k", k, (batch, heads, k.shape[2], dim), "(B, H, Lk, D)")
-    check_shape("v", v, (batch, heads, k.shape[2], v.shape[3]), "(B, H, Lk, Dv)")
+    if not _alike(q, k, v, 4):
+        for name, tensor, layout in (("q", q, "(B, H, Lq, D)"), ("k", k, "(B, H, Lk, D)"), ("v", v, "(B, H, Lk, Dv)")):
+            check_dims(name, tensor, layout)
+        _check_alike(q, k, v)
+    (batch, heads, length_q, dim), shape_k, shape_v = q.shape, k.shape, v.shape
+    if shape_k != (batch, heads, shape_k[2], dim) or shape_v != (batch, heads, shape_k[2], shape_v[3]):
+        check_shape("k", k, (batch, heads, shape_k[2], dim), "(B, H, Lk, D)")
+        check_shape("v", v, (batch, heads, shape_k[2], shape_v[3]), "(B, H, Lk, Dv)")
     if key_limit is not None:
-        check_shape("key_limit", key_limit, (batch, length_q), "(B, Lq)")
-    _check_options(q, k, v, heads, causal, key_limit, rel_bias)
+        _check_limit(key_limit, (batch, length_q), "(B, Lq)", causal, q.device)
+    if rel_bias is not None:
+        _check_bias(rel_bias, heads, q.device)
     divisors, divisor, visible = _divisor(normalizer, batch, q.device)
     return torch.ops.genrec.relu_attention(
         q, k, v, key_limit, rel_bias, divisors, causal, _scale(scale, dim), divisor, visible
@@ -105,17 +110,22 @@ def relu_attention_varlen(
             Offsets are looked at in eager mode on the CPU only.
         TypeError: a dtype that does not fit.
     """
-    for name, tensor, layout in (("q", q, "(Tq, H, D)"), ("k", k, "(Tk, H, D)"), ("v", v, "(Tk, H, Dv)")):
-        check_dims(name, tensor, layout)
-    tokens, heads, dim = q.shape
-    check_shape("k", k, (k.shape[0], heads, dim), "(Tk, H, D)")
-    check_shape("v", v, (k.shape[0], heads, v.shape[2]), "(Tk, H, Dv)")
+    if not _alike(q, k, v, 3):
+        for name, tensor, layout in (("q", q, "(Tq, H, D)"), ("k", k, "(Tk, H, D)"), ("v", v, "(Tk, H, Dv)")):
+            check_dims(name, tensor, layout)
+        _check_alike(q, k, v)
+    (tokens, heads, dim), shape_k, shape_v = q.shape, k.shape, v.shape
+    if shape_k != (shape_k[0], heads, dim) or shape_v != (shape_k[0], heads, shape_v[2]):
+        check_shape("k", k, (shape_k[0], heads, dim), "(Tk, H, D)")
+        check_shape("v", v, (shape_k[0], heads, shape_v[2]), "(Tk, H, Dv)")
     if key_limit is not None:
-        check_shape("key_limit", key_limit, (tokens,), "(Tq,)")
-    _check_options(q, k, v, heads, causal, key_limit, rel_bias)
+        _check_limit(key_limit, (tokens,), "(Tq,)", causal, q.device)
+    if rel_bias is not None:
+        _check_bias(rel_bias, heads, q.device)
     _check_offsets("cu_seqlens_q", cu_seqlens_q, tokens, "max_seqlen_q", max_seqlen_q)
-    _check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
-    check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "the shape of cu_seqlens_q")
+    if not (cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q and shape_k[0] == tokens):  # self-attention
+        _check_offsets("cu_seqlens_k", cu_seqlens_k, shape_k[0], "max_seqlen_k", max_seqlen_k)
+        check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "the shape of cu_seqlens_q")
     check_device(q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     divisors, divisor, visible = _divisor(normalizer, cu_seqlens_q.shape[0] - 1, q.device)
     return torch.ops.genrec.relu_attention_varlen(
@@ -124,21 +134,37 @@ def relu_attention_varlen(
     )  # fmt: skip
 
 
-def _check_options(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, key_limit: Tensor | None, rel_bias: Tensor | None
-) -> None:
+def _alike(q: Tensor, k: Tensor, v: Tensor, dims: int) -> bool:
+    """Whether q, k and v agree in dimensions, dtype and device: the usual case in one look, as calls are short."""
+    return (
+        type(q) is type(k) is type(v) is Tensor
+        and q.dim() == k.dim() == v.dim() == dims
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype.is_floating_point
+        and q.device == k.device == v.device
+    )
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_same_dtype(q=q, k=k, v=v)
-    check_device(q.device, k=k, v=v, key_limit=key_limit, rel_bias=rel_bias)
-    if key_limit is not None:
-        check_integer("key_limit", key_limit)
-        if causal:
-            raise ValueError("causal is True and key_limit is given; expected one of them")
-    if rel_bias is not None:
-        check_floating(rel_bias=rel_bias)
-        check_dims("rel_bias", rel_bias, "(H, R)")
-        check_shape("rel_bias", rel_bias, (heads, rel_bias.shape[1]), "(H, R)")
-        if rel_bias.shape[1] == 0:
-            raise ValueError("rel_bias has 0 distances; expected (H, R) with R at least 1")
+    check_device(q.device, k=k, v=v)
+
+
+def _check_limit(key_limit: Tensor, shape: Sequence[int], layout: str, causal: bool, device: torch.device) -> None:
+    check_shape("key_limit", key_limit, shape, layout)
+    check_device(device, key_limit=key_limit)
+    check_integer("key_limit", key_limit)
+    if causal:
+        raise ValueError("causal is True and key_limit is given; expected one of them")
+
+
+def _check_bias(rel_bias: Tensor, heads: int, device: torch.device) -> None:
+    check_device(device, rel_bias=rel_bias)
+    check_floating(rel_bias=rel_bias)
+    check_dims("rel_bias", rel_bias, "(H, R)")
+    check_shape("rel_bias", rel_bias, (heads, rel_bias.shape[1]), "(H, R)")
+    if rel_bias.shape[1] == 0:
+        raise ValueError("rel_bias has 0 distances; expected (H, R) with R at least 1")
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int, bound_name: str, bound: int) -> None:
@@ -149,11 +175,10 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int, bound_name: str, bou
     if not has_values(offsets):
         return
     values = offsets.tolist()
-    lengths = [end - start for start, end in pairwise(values)]
-    if values[0] != 0 or min(lengths, default=0) < 0 or values[-1] > tokens:
+    if values[0] != 0 or values[-1] > tokens or values != sorted(values):
         raise ValueError(f"{name} goes from {values[0]} to {values[-1]}; expected offsets that start at 0, "
                          f"never fall and end at most at the number of tokens, {tokens}")  # fmt: skip
-    longest = max(lengths, default=0)
+    longest = max(map(sub, values[1:], values), default=0)
     if longest > bound:
         raise ValueError(f"{bound_name} is {bound}; expected at least {longest}, the longest sequence of {name}")
 

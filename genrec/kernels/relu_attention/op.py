@@ -87,24 +87,25 @@ def _fake_backward(bias_position: int) -> Callable[..., tuple[Tensor, ...]]:
     return fake
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.tensors = [position for position, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.save_for_backward(*(inputs[position] for position in ctx.tensors))
-    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+def _autograd(operator: str, lengths: slice) -> dict[str, Callable[..., Any]]:
+    """The gradient through `operator`. inputs[lengths] are integers, then come three optional tensors and numbers."""
+    first, last = lengths.start, lengths.stop
+    bias, numbers = last + 1, last + 3
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:first], *inputs[last:numbers])
+        ctx.lengths, ctx.numbers = inputs[first:last], inputs[numbers:]
 
-def _differentiate(operator: str, bias_position: int) -> Callable[..., tuple[Any, ...]]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        inputs = list(ctx.inputs)
-        for position, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            inputs[position] = tensor
+        tensors = ctx.saved_tensors
+        inputs = *tensors[:first], *ctx.lengths, *tensors[first:], *ctx.numbers
         *gradients, grad_bias = getattr(torch.ops.genrec, operator)(grad, *inputs)
         result = [*gradients, *[None] * (len(inputs) - 3)]
-        if ctx.needs_input_grad[bias_position]:
-            result[bias_position] = grad_bias
+        if ctx.needs_input_grad[bias]:
+            result[bias] = grad_bias
         return tuple(result)
 
-    return backward
+    return {"setup_context": setup_context, "backward": backward}
 
 
 def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Any, ...]:
@@ -117,8 +118,7 @@ define(
     f"relu_attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> Tensor",
     impl=_forward,
     fake=_fake,
-    setup_context=_setup_context,
-    backward=_differentiate("relu_attention_backward", 4),
+    **_autograd("relu_attention_backward", slice(3, 3)),
     autocast=_cast,
 )
 define(
@@ -130,8 +130,7 @@ define(
     f"relu_attention_varlen(Tensor q, Tensor k, Tensor v, {PACKED}, {OPTIONS}) -> Tensor",
     impl=_forward_varlen,
     fake=_fake,
-    setup_context=_setup_context,
-    backward=_differentiate("relu_attention_varlen_backward", 8),
+    **_autograd("relu_attention_varlen_backward", slice(5, 7)),
     autocast=_cast,
 )
 define(

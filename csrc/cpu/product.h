@@ -53,14 +53,18 @@ inline void with_rows(int64_t count, Call&& call) {
   if constexpr (N > 1) with_rows<N - 1>(count, call);
 }
 
-// call(first, Constant<n>()) for tiles that cover `rows` rows, as even as they can be: a tile of one or two rows waits for
-// its own sums longer than it computes.
+// call(first, Constant<n>()) for tiles that cover `rows` rows. What is left beside high tiles is cut as evenly as it can be: a
+// tile of one or two rows waits for its own sums longer than it computes.
 template <typename Call>
 inline void for_row_tiles(int64_t rows, Call&& call) {
-  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  constexpr int64_t most = TILE_ROWS < 6 ? TILE_ROWS : 6;  // every other size is another instance to compile
+  int64_t first = 0;
+  if constexpr (TILE_ROWS > most)
+    for (; first + TILE_ROWS <= rows; first += TILE_ROWS) call(first, Constant<TILE_ROWS>());
+  const int64_t left = rows - first, tiles = (left + most - 1) / most;
   for (int64_t i = 0; i < tiles; i++) {
-    const int64_t first = rows * i / tiles;
-    with_rows(rows * (i + 1) / tiles - first, [&](auto count) { call(first, count); });
+    const int64_t begin = left * i / tiles;
+    with_rows<most>(left * (i + 1) / tiles - begin, [&](auto count) { call(first + begin, count); });
   }
 }
 
@@ -111,7 +115,10 @@ inline void pack_columns(const S* b_T, int64_t stride, int64_t n, int64_t depth,
   for (; d + width * kSteps<S> <= depth; d += width * kSteps<S>) {
     Vec<C> square[width];
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < width; j++) square[j] = load_bits<Vec<C>>(rows[j] + d);
+    for (int64_t j = 0; j < width; j++) {
+      square[j] = load_bits<Vec<C>>(rows[j] + d);
+      __builtin_prefetch(rows[j] + d + width * stride);  // the next columns: a matrix from memory arrives twice as fast
+    }
     transpose<C>(square);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < width; i++) {
@@ -146,6 +153,7 @@ inline void pack_rows(Row&& row, int64_t depth, int64_t n, C* packed) {
   for (int64_t d = 0; d < depth; d++) {
     const auto* from = row(d);
     C* to = packed + d * columns;
+    for (int64_t p = 0; p < n; p += columns) __builtin_prefetch(from + n + p);  // the next panels of this step
     for (int64_t p = 0; p < n; p += columns, to += depth * columns)
 #pragma GCC unroll 4
       for (int64_t j = 0; j < columns; j += width)

@@ -7,7 +7,6 @@
 #include <optional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 namespace {
 
@@ -146,12 +145,12 @@ std::tuple<Tensor, Tensor> add_group_layer_norm(const Tensor& x, const Tensor& r
 
 // table[i] = Σ over the chunks of partials[chunk][offset + i], in their order.
 template <typename C>
-void reduce(const std::vector<C>& partials, int64_t chunks, int64_t offset, Tensor& table) {
+void reduce(const C* partials, int64_t chunks, int64_t offset, Tensor& table) {
   const int64_t size = table.numel();
   C* total = write<C>(table);
   torch::stable::parallel_for(0, size, std::max<int64_t>(1, kGrain / chunks), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      const C* part = partials.data() + chunk * 2 * size + offset;
+      const C* part = partials + chunk * 2 * size + offset;
       for (int64_t i = begin; i < end; i++) total[i] = chunk ? total[i] + part[i] : part[i];
     }
   });
@@ -172,13 +171,13 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Norm<C>& unit, ScalarType
 
   const int64_t least = std::max(4 * groups, std::max<int64_t>(1, kGrain / 2 / dim));  // rows that are worth a chunk
   const int64_t chunks = std::max<int64_t>(1, std::min(kChunks, rows / least)), table = groups * dim;
-  std::vector<C> partials(chunks * 2 * table);
+  const auto partials = genrec::buffer<C>(chunks * 2 * table);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; chunk++)
-      unit.backward(affine, backward, rows * chunk / chunks, rows * (chunk + 1) / chunks, partials.data() + chunk * 2 * table);
+      unit.backward(affine, backward, rows * chunk / chunks, rows * (chunk + 1) / chunks, partials.get() + chunk * 2 * table);
   });
-  reduce(partials, chunks, 0, grad_weight);
-  reduce(partials, chunks, table, grad_bias);
+  reduce(partials.get(), chunks, 0, grad_weight);
+  reduce(partials.get(), chunks, table, grad_bias);
   return {grad_s, as_type(grad_weight, weight.scalar_type()), as_type(grad_bias, bias.scalar_type())};
 }
 

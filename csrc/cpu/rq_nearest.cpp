@@ -4,13 +4,14 @@
 #include "unit.h"
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 namespace {
 
 using genrec::as_type;
+using genrec::Buffer;
+using genrec::buffer;
 using genrec::Codes;
 using genrec::IndexOf;
 using genrec::Nearest;
@@ -30,17 +31,12 @@ int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece;
 // Tasks that are worth a thread, each of them this much work.
 int64_t grain(int64_t worth, int64_t work) { return std::max<int64_t>(1, worth / std::max<int64_t>(1, work)); }
 
-template <typename T>
-std::unique_ptr<T[]> uninitialized(int64_t size) {
-  return std::unique_ptr<T[]>(new T[size]);
-}
-
 template <typename C>
 struct Search {
   const Nearest<C>& unit;
   int64_t rows, dim;
   int64_t groups = pieces(rows, kRows);
-  std::unique_ptr<C[]> panels = uninitialized<C>(groups * kRows * dim);  // the residuals
+  Buffer<C> panels = buffer<C>(groups * kRows * dim);  // the residuals
 
   C* group(int64_t g) const { return panels.get() + g * kRows * dim; }
   int64_t rows_of(int64_t g) const { return std::min(kRows, rows - g * kRows); }
@@ -58,13 +54,13 @@ struct Search {
   void search(const Codes& codes, int64_t size, int64_t* chosen, int64_t step) const {
     const int64_t wanted = pieces(16 * torch::stable::get_num_threads(), groups);
     const int64_t range = pieces(pieces(size, wanted), kCodes) * kCodes, ranges = pieces(size, range);
-    const auto distance = uninitialized<C>(ranges * groups * kRows);
-    const auto index = uninitialized<typename IndexOf<C>::type>(ranges * groups * kRows);
+    const auto distance = buffer<C>(ranges * groups * kRows);
+    const auto index = buffer<typename IndexOf<C>::type>(ranges * groups * kRows);
     const auto task = [&](int64_t r, int64_t g) { return (r * groups + g) * kRows; };
 
     const int64_t work = std::min(rows, kRows) * range * dim;
     parallel_for(0, ranges * groups, grain(kWork, work), [&](int64_t begin, int64_t end) {
-      const auto scratch = uninitialized<C>(unit.scratch(dim));
+      const auto scratch = buffer<C>(unit.scratch(dim));
       for (int64_t i = begin; i < end; i++) {
         const int64_t r = i / groups, g = i % groups, at = task(r, g);
         unit.search(group(g), rows_of(g), codes, r * range, std::min(size, (r + 1) * range), scratch.get(),

@@ -12,18 +12,18 @@
 namespace genrec {
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;  // of codes in cache
+constexpr int64_t kCodeBytes = 192 << 10;  // of codes in cache
 
 // Codes in a block: whole tiles of both forms.
 template <typename C>
-inline int64_t block_of(int64_t dim) {
-  const int64_t tiles = kBlockBytes / (int64_t(sizeof(C)) * 2 * TILE_ROWS * (dim + 1));
+inline int64_t codes_in_block(int64_t dim) {
+  const int64_t tiles = kCodeBytes / (int64_t(sizeof(C)) * 2 * TILE_ROWS * (dim + 1));
   return 2 * TILE_ROWS * (tiles < 1 ? 1 : tiles > 32 ? 32 : tiles);
 }
 
 template <typename C>
 int64_t scratch_size(int64_t dim) {
-  return block_of<C>(dim) * (dim + 1);
+  return codes_in_block<C>(dim) * (dim + 1);
 }
 
 template <typename S>
@@ -32,7 +32,7 @@ inline const S* code_at(const Codes& codes, int64_t k) {
 }
 
 template <typename C>
-void pack_rows(const C* x, int64_t row, int64_t column, int64_t rows, int64_t dim, C* panels) {
+void pack_residuals(const C* x, int64_t row, int64_t column, int64_t rows, int64_t dim, C* panels) {
   constexpr int64_t lanes = kTileColumns<C>;
   for (int64_t i = 0; i < rows; i += lanes, panels += lanes * dim)
     for (int64_t lane = 0; lane < lanes; lane++)
@@ -106,7 +106,7 @@ void search(const Compute<S>* panels, int64_t rows, const Codes& codes, int64_t 
             Compute<S>* distance, typename IndexOf<Compute<S>>::type* index) {
   using C = Compute<S>;
   constexpr int64_t lanes = kTileColumns<C>;
-  const int64_t dim = codes.dim, block = block_of<C>(dim);
+  const int64_t dim = codes.dim, block = codes_in_block<C>(dim);
   for (int64_t i = 0; i < (rows + lanes - 1) / lanes * lanes; i++) {
     distance[i] = C(__builtin_inf());
     index[i] = first;
@@ -151,7 +151,7 @@ void take(const Codes& codes, const int64_t* chosen, int64_t step, int64_t rows,
 template <typename S>
 constexpr Nearest<Compute<S>> nearest() {
   using C = Compute<S>;
-  return {kTileColumns<C>, scratch_size<C>, pack_rows<C>, search<S>, take<S>};
+  return {kTileColumns<C>, scratch_size<C>, pack_residuals<C>, search<S>, take<S>};
 }
 
 constexpr RqNearest rq_nearest_unit() { return {nearest<float>(), nearest<bfloat16>(), nearest<double>()}; }

@@ -8,6 +8,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <memory>
+#include <new>
 
 namespace genrec {
 
@@ -27,6 +29,16 @@ const T* read(const Tensor& tensor) {
 template <typename T>
 T* write(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Memory without initial values that begins with a cache line.
+struct FreeBuffer {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+template <typename T> using Buffer = std::unique_ptr<T[], FreeBuffer>;
+template <typename T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
 }
 
 }  // namespace genrec

@@ -98,7 +98,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "share", "eps"])
 def _backward(
-    grad, s, ids, weight, grad_s, partials, tokens, share, dim, groups, grad_stride, s_stride, eps,
+    grad, s, ids, weight, grad_sum, grad_s, partials, tokens, share, dim, groups, grad_stride, s_stride, sum_stride, eps,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -139,6 +139,8 @@ def _backward(
         dy = tl.load(grad + grad_at[:, None] + own[None, :], mask=inside, other=0).to(tl.float32)
         g = dy * _affine(weight, group, known, own, dim)
         result = (g - mean_g - normed * mean_gx) * rstd
+        if grad_sum is not None:  # the gradient that reached s past the norm
+            result += tl.load(grad_sum + (row * sum_stride)[:, None] + own[None, :], mask=inside, other=0).to(tl.float32)
         tl.store(grad_s + row[:, None] * dim + own[None, :], result.to(dtype), mask=inside)
         for i in tl.static_range(GROUPS):
             mine = (known & token & (number == i))[:, None]
@@ -186,10 +188,16 @@ def _add_group_layer_norm(
 
 
 def _group_layer_norm_backward(
-    grad: Tensor, s: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor,
+    s: Tensor,
+    group_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_s, dim = s.new_empty(s.shape), s.shape[-1]
-    rows, grad_rows = _rows(s), _rows(grad)
+    rows, grad_rows, sum_rows = _rows(s), _rows(grad), None if grad_sum is None else _rows(grad_sum)
     config = dict(TABLE.config("backward", s, dim=dim))
     config["GROUPS"] = min(config["GROUPS"], len(weight))
     parts = min(PROGRAMS, triton.cdiv(len(rows), TOKENS))
@@ -198,8 +206,9 @@ def _group_layer_norm_backward(
     partials = weight.new_empty(2, parts, *weight.shape, dtype=torch.float32)
     launch(
         _backward, (parts, triton.cdiv(len(weight), config["GROUPS"]), chunks),
-        grad_rows, rows, group_ids.flatten().contiguous(), weight.contiguous(), grad_s, partials,
-        len(rows), share, dim, len(weight), grad_rows.stride(0), rows.stride(0), eps,
+        grad_rows, rows, group_ids.flatten().contiguous(), weight.contiguous(), sum_rows, grad_s, partials,
+        len(rows), share, dim, len(weight), grad_rows.stride(0), rows.stride(0),
+        0 if sum_rows is None else sum_rows.stride(0), eps,
         CHUNKS=chunks, SPLIT=len(weight) > config["GROUPS"], **config,
     )  # fmt: skip
     return grad_s, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(bias.dtype)
@@ -207,13 +216,13 @@ def _group_layer_norm_backward(
 
 def examples(dtype: torch.dtype, device: torch.device | str = "meta") -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches for compilation without a GPU: rows shorter than a chunk, of one chunk and of several."""
-    for dim in (20, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288):
+    for dim in (16, 20, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288):
         x = torch.empty(1000, dim, dtype=dtype, device=device)
-        ids = torch.empty(1000, dtype=torch.int64, device=device)
+        ids = torch.zeros(1000, dtype=torch.int64, device=device)
         weight = torch.empty(6, dim, device=device)
         few, many = ((ids, affine, affine, 1e-5) for affine in (weight[:4], weight))
         yield f"D={dim}, residual", partial(_add_group_layer_norm, x, x, *few)
-        yield f"D={dim}, backward", partial(_group_layer_norm_backward, x, x, *few)
+        yield f"D={dim}, backward", partial(_group_layer_norm_backward, x, x, *few, x)
         if dim in (20, 1024, 12288):
             yield f"D={dim}", partial(_group_layer_norm, x, *few)
             yield f"D={dim}, backward, many groups", partial(_group_layer_norm_backward, x, x, *many)

@@ -69,7 +69,7 @@ def backward_bias(
     batch, heads, length_q, length_k, near, windows, groups, pieces, buckets, scale, divisor,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr, ROWS: tl.constexpr, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """partial[group, h, d] of a window of distances d < near, over every groups-th piece of a sequence."""
     program = tl.program_id(0)
@@ -95,7 +95,7 @@ def backward_bias(
             )
             q_MD = matrix(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, CHUNK, LATE)
             grad_MD = matrix(
-                head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, CHUNK_V
+                head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, CHUNK_V, LATE
             )
             for AHEAD in tl.static_range(0, 1 if CAUSAL or limit is not None else 2):
                 if AHEAD:

@@ -63,6 +63,8 @@ class Call(NamedTuple):
         """What a kernel is compiled for: its row of the launch table, and what the call fixes."""
         dim, dim_v = self.q.shape[-1], self.v.shape[-1]
         tile = dict(TABLE.config(kernel, self.q, dim=max(dim, dim_v), **sizes))
+        if "num_stages" in tile:
+            tile["STAGES"] = tile["num_stages"]  # of the loop that carries the sums, whether it can be seen to multiply or not
         widest = tile.pop("CHUNK", WIDEST)
         chunks = {"CHUNK": min(widest, _power_of_two(dim)), "CHUNK_V": min(widest, _power_of_two(dim_v))}
         return {"CAUSAL": self.causal, "VISIBLE": self.visible, "DIM": dim, "DIM_V": dim_v, **chunks, **tile}

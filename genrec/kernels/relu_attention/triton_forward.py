@@ -92,6 +92,7 @@ def forward(
     q_MD = matrix(q, first_q, stride_q, row, row < length_q, DIM, CHUNK, LATE)
     total_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
     sum_MD = zeros(BLOCK_M, DIM_V, CHUNK_V)
+    tl.static_assert(PART is None or PART % BLOCK_N == 0, "a part of the keys is whole blocks")
     low, high = 0, none_sees
     if SPLIT:
         low = part * PART

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, permuted, strided
 
-from genrec.kernels import moe_experts, moe_ffn, moe_route
+from genrec.kernels import moe_experts, moe_ffn, moe_route, native_operators
 from genrec.kernels.moe import reference
+from genrec.kernels.moe import sorted as sorted_rows
 
 
 def inputs(t=10, d=6, f=5, e=4, k=2, dtype=torch.float64, seed=0):
@@ -82,6 +83,127 @@ def test_experts_against_the_definition(t, d, f, e, k, scattered):
         lambda x, w, a, b: reference.moe_experts(x, w, indices, a, b),
         tensors,
     )
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9)
+)
+def test_sizes_around_the_tiles(t, d, f, e, k, seed):
+    """Output and gradients against the plain form in float64. The largest of so few errors is too much a matter of luck
+    to compare with PyTorch: allowed are 20 roundings of the terms that are summed, 1 of what is stored in bfloat16."""
+    g = torch.Generator().manual_seed(seed)
+    _, x, _, gate_up, down = inputs(t, d, f, e, 1, seed=seed)
+    indices = torch.randint(0, e, (t, k), generator=g).to(DEVICE)
+    weights, grad = (torch.rand(t, n, generator=g).to(DEVICE) for n in (k, d))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        grad, x, gate_up, down = (tensor.to(dtype) for tensor in (grad, x, gate_up, down))
+        args = x, weights, indices, gate_up, down
+        ours = [moe_experts(*args), *torch.ops.genrec.moe_experts_backward(grad, *args)]
+        exact = [v if v is indices else v.double() for v in args]
+        truth = [sorted_rows.forward(*exact), *sorted_rows.backward(grad.double(), *exact)]
+        for y, expected in zip(ours, truth, strict=True):
+            largest = expected.abs().max().item() if y.numel() else 0
+            roundings = 1 if y.dtype == torch.bfloat16 else 20
+            tolerance = (
+                roundings * torch.finfo(y.dtype).eps * max(1, largest)
+            )  # the inputs, and so the terms, are about 1
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one_expert", [False, True])
+def test_many_rows(dtype, one_expert):
+    """More rows than are summed at once, and than are sorted at once."""
+    indices, *tensors = inputs(t=900, d=20, f=24, e=3, k=2)
+    if one_expert:
+        indices = torch.ones_like(indices)
+    ours, definition = (lambda x, w, a, b, f=f: f(x, w, indices, a, b) for f in (moe_experts, reference.moe_experts))
+    if dtype == torch.float64:
+        assert_same(ours, definition, tensors)
+    else:
+        assert_measured(ours, definition, tensors, dtype)
+
+
+def forward_and_backward(x, weights, indices, gate_up, down):
+    grad = torch.cos(torch.arange(x.shape[1], device=x.device)).to(x.dtype).expand(x.shape)
+    return (
+        moe_experts(x, weights, indices, gate_up, down),
+        *torch.ops.genrec.moe_experts_backward(grad, x, weights, indices, gate_up, down),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_the_same_alone_and_in_company(dtype):
+    indices, x, weights, gate_up, down = inputs(t=700, d=40, f=24, e=3, k=2, dtype=torch.float32)
+    x, gate_up, down = (v.to(dtype) for v in (x, gate_up, down))
+    company = forward_and_backward(x, weights, indices, gate_up, down)
+    for chosen in ([0], [699, 3], list(range(300, 311)), torch.randperm(700).tolist()):
+        alone = forward_and_backward(x[chosen], weights[chosen], indices[chosen], gate_up, down)
+        for of_token, of_all in zip(alone[:3], company[:3], strict=True):  # output, gradients of x and of the weights
+            assert torch.equal(of_token, of_all[chosen])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="threads are the CPU's")
+@pytest.mark.parametrize("t", [1, 37, 900])
+def test_the_same_bits_on_any_number_of_threads(t):
+    indices, x, weights, gate_up, down = inputs(t, d=96, f=200, e=3, k=2, dtype=torch.float32)
+    logits = torch.randn(t * 100, 9)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append((*forward_and_backward(x, weights, indices, gate_up, down), *moe_route(logits, 3)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_with_its_token(bad):
+    indices, x, weights, gate_up, down = inputs(t=30, d=20, f=12, e=3, dtype=torch.float32)
+    y = moe_experts(x, weights, indices, gate_up, down)
+    poisoned, others = x.clone(), torch.arange(30, device=DEVICE) != 7
+    poisoned[7] = bad
+    z = moe_experts(poisoned, weights, indices, gate_up, down)
+    assert torch.equal(z[others], y[others])
+    assert not z[7].isfinite().any()
+
+
+def test_views_of_the_weights_and_expanded_rows():
+    indices, x, weights, gate_up, down = inputs(t=12, d=20, f=8, e=4, dtype=torch.float32)
+    views = []
+    for w in (gate_up, down):
+        wide = torch.full((2 * len(w), w.shape[1] + 3, w.shape[2] + 5), float("nan"), device=DEVICE)
+        views.append(wide[::2, 1:-2, 2:-3].copy_(w))
+    for rows in (x, x[:1].expand(12, 20)):
+        expected = forward_and_backward(rows.contiguous(), weights, indices, gate_up, down)
+        for y, z in zip(forward_and_backward(rows, weights, indices.long(), *views), expected, strict=True):
+            assert torch.equal(y, z)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.data())
+def test_route_of_nan_is_valid(e, data):
+    k, values = data.draw(st.integers(1, e)), st.sampled_from([0.0, 1.0, -200.0, float("nan"), float("inf")])
+    logits = torch.tensor([data.draw(st.lists(values, min_size=e, max_size=e))], device=DEVICE)
+    for bias in (None, torch.full((e,), float("nan"), device=DEVICE), logits[0]):
+        kept = moe_route(logits, k, bias=bias)[1][0].tolist()
+        assert len(set(kept)) == k
+        assert all(0 <= index < e for index in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_route_weights_are_right_to_rounding(dtype, renormalize):
+    """Also where probabilities are tiny, and for more experts than a vector has lanes."""
+    logits = 20 * torch.randn(200, 37, dtype=dtype, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    weights, indices = moe_route(logits, 5, renormalize=renormalize)
+    kept = logits.double().softmax(1).gather(1, indices.long())
+    expected = kept / kept.sum(1, keepdim=True) if renormalize else kept
+    spread = (logits.max() - logits.min()).item()  # exponents are rounded to eps / 2 of their size
+    torch.testing.assert_close(weights.double(), expected, rtol=(spread + 20) * torch.finfo(dtype).eps / 2, atol=1e-37)
 
 
 def test_formula_token_by_token():
@@ -235,3 +357,27 @@ WT, IX = torch.zeros(5, 2), torch.zeros(5, 2).int()
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.skipif("moe_experts" not in native_operators("cpu"), reason="the compiled kernels were not built")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="what the CPU kernels check themselves")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op.moe_experts(X, WT, IX + 3, GU, DN), r"indices holds 3; expected 0 … 2, one of 3 experts"),
+        (lambda op: op.moe_experts(X, WT, IX.long() - 1, GU, DN), r"indices holds -1"),
+        (lambda op: op.moe_experts(X, WT, IX.short(), GU, DN), r"indices must be int32 or int64"),
+        (lambda op: op.moe_experts(X, WT[:4], IX, GU, DN), r"weights and indices must be \(T, k\)"),
+        (lambda op: op.moe_experts(X[0], WT, IX, GU, DN), r"expected x \(T, D\)"),
+        (lambda op: op.moe_experts(X, WT, IX, GU[:, 1:], DN), r"w_gate_up must be \(E, 2F, D\)"),
+        (lambda op: op.moe_experts(X, WT, IX, GU.double(), DN), r"must have one dtype"),
+        (lambda op: op.moe_experts_backward(X[1:], X, WT, IX, GU, DN), r"grad must be \(T, D\)"),
+        (lambda op: op.moe_route(X, 5, None, True), r"top_k is 5; expected 1 … 4"),
+        (lambda op: op.moe_route(X, 2, X[0, 1:], True), r"bias must be \(E,\)"),
+        (lambda op: op.moe_route_backward(WT, X, IX + 4, True), r"indices holds 4; expected 0 … 3"),
+        (lambda op: op.moe_route_backward(WT, X, IX[1:], True), r"expected grad \(T, k\)"),
+    ],
+)
+def test_direct_calls_are_checked(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.genrec)

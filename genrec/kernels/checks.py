@@ -25,7 +25,7 @@ def check_dims(name: str, tensor: Tensor, layout: str) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> None:
-    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+    if tensor.shape != tuple(expected):
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {layout} = {tuple(expected)}")
 
 
@@ -68,7 +68,7 @@ def has_values(tensor: Tensor) -> bool:
     """Whether the values can be looked at now for free: not on a GPU, not while tracing."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.numel() > 0
     )
@@ -77,6 +77,7 @@ def has_values(tensor: Tensor) -> bool:
 def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:
     """IndexError where an index lies outside [0, size) and the values can be looked at."""
     if has_values(tensor):
-        low, high = (int(end) for end in torch.aminmax(tensor))
+        ends = torch.aminmax(tensor)
+        low, high = ends.min.item(), ends.max.item()
         if low < 0 or high >= size:
             raise IndexError(f"{name} holds {low if low < 0 else high}; expected 0 … {size - 1}, one of {size} {what}")

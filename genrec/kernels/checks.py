@@ -70,7 +70,7 @@ def has_values(tensor: Tensor) -> bool:
     """Whether the values can be looked at now for free: not on a GPU, not while tracing."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.numel() > 0
     )
@@ -79,6 +79,7 @@ def has_values(tensor: Tensor) -> bool:
 def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:
     """IndexError where an index lies outside [0, size) and the values can be looked at."""
     if has_values(tensor):
-        low, high = (int(end) for end in torch.aminmax(tensor))
+        ends = torch.aminmax(tensor)
+        low, high = ends.min.item(), ends.max.item()
         if low < 0 or high >= size:
             raise IndexError(f"{name} holds {low if low < 0 else high}; expected 0 … {size - 1}, one of {size} {what}")

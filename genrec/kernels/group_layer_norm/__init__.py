@@ -7,7 +7,15 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from genrec.kernels.checks import check_device, check_dims, check_floating, check_integer, check_range, check_shape
+from genrec.kernels.checks import (
+    INTEGERS,
+    check_device,
+    check_dims,
+    check_floating,
+    check_integer,
+    check_range,
+    check_shape,
+)
 from genrec.kernels.group_layer_norm import op as op
 
 __all__ = ["group_layer_norm"]
@@ -42,6 +50,38 @@ def group_layer_norm(
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.
         IndexError: a group id outside [0, G) (eager mode on the CPU; elsewhere such a token becomes NaN).
     """
+    if not _usual(x, group_ids, weight, bias, residual):
+        _check(x, group_ids, weight, bias, residual)
+    check_range("group_ids", group_ids, weight.shape[0], "groups")
+    if residual is None:
+        return torch.ops.genrec.group_layer_norm(x, group_ids, weight, bias, eps)
+    return torch.ops.genrec.add_group_layer_norm(x, residual, group_ids, weight, bias, eps)
+
+
+def _usual(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:
+    """Whether everything fits, in one look: asking one by one takes longer than a small norm."""
+    shape, affine, device = x.shape, weight.shape, x.device
+    return (
+        len(shape) > 0
+        and len(affine) == 2
+        and affine == bias.shape
+        and affine[0] > 0
+        and affine[1] == shape[-1] > 0
+        and group_ids.shape == shape[:-1]
+        and group_ids.dtype in INTEGERS
+        and x.is_floating_point()
+        and weight.is_floating_point()
+        and bias.is_floating_point()
+        and device == group_ids.device == weight.device == bias.device
+        and (
+            residual is None
+            or (residual.shape == shape and residual.is_floating_point() and residual.device == device)
+        )
+    )
+
+
+def _check(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    """Says what does not fit."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (…, D) with D at least 1")
     check_floating(x=x, weight=weight, bias=bias)
@@ -53,9 +93,6 @@ def group_layer_norm(
     check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(G, D)")
     check_shape("bias", bias, weight.shape, "the shape of weight")
     check_device(x.device, group_ids=group_ids, weight=weight, bias=bias, residual=residual)
-    check_range("group_ids", group_ids, weight.shape[0], "groups")
-    if residual is None:
-        return torch.ops.genrec.group_layer_norm(x, group_ids, weight, bias, eps)
-    check_floating(residual=residual)
-    check_shape("residual", residual, x.shape, "the shape of x")
-    return torch.ops.genrec.add_group_layer_norm(x, residual, group_ids, weight, bias, eps)
+    if residual is not None:
+        check_floating(residual=residual)
+        check_shape("residual", residual, x.shape, "the shape of x")

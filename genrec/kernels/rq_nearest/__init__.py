@@ -34,6 +34,29 @@ def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.
     """
+    if not _usual(x, codebooks):
+        _check(x, codebooks)
+    quantized, codes = torch.ops.genrec.rq_nearest(x, list(codebooks))
+    return codes, quantized
+
+
+def _usual(x: Tensor, codebooks: Sequence[Tensor]) -> bool:
+    """Whether everything fits, in one look: asking one by one takes longer than a small search."""
+    if x.dim() != 2 or not x.is_floating_point() or len(codebooks) == 0:
+        return False
+    dim, device, dtype = x.shape[1], x.device, codebooks[0].dtype
+    return dtype.is_floating_point and all(
+        len(shape := codebook.shape) == 2
+        and shape[0] > 0
+        and shape[1] == dim
+        and codebook.dtype is dtype
+        and codebook.device == device
+        for codebook in codebooks
+    )
+
+
+def _check(x: Tensor, codebooks: Sequence[Tensor]) -> None:
+    """Says what does not fit."""
     check_dims("x", x, "(N, D)")
     check_floating(x=x)
     if len(codebooks) == 0:
@@ -47,5 +70,3 @@ def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name} has 0 codes; expected at least 1")
         if codebook.dtype != codebooks[0].dtype or not codebook.dtype.is_floating_point:
             raise TypeError(f"{name} is {codebook.dtype}; expected one floating-point dtype in all codebooks")
-    quantized, codes = torch.ops.genrec.rq_nearest(x, list(codebooks))
-    return codes, quantized

@@ -43,13 +43,17 @@ def test_more_rows_and_codes_than_a_tile():
     assert_nearest(x, codebooks, *rq_nearest(x, codebooks))
 
 
-def test_values_of_very_different_size():
-    """Where bfloat16 or TF32 alone would choose wrongly: codes that differ in the last bits of float32."""
-    x, _ = inputs(16, 24, (1,))
-    book = x[:1].repeat(40, 1) * (1 + 2.0**-20 * torch.arange(40, device=DEVICE)[:, None])
-    x = x[:1] * (1 + 2.0**-20 * torch.arange(0, 40, 3, device=DEVICE)[:, None])
-    for scale in (1.0, 1e-12):
-        assert_nearest(x * scale, [book * scale], *rq_nearest(x * scale, [book * scale]))
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_products_are_those_of_float32(scale):
+    """Codes around a row, each farther than the last by little more than float32 may confuse: TF32, or two planes of
+    bfloat16 for three, choose wrongly here."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x, angle = torch.randn(1, 2, generator=g), 6.2832 * torch.rand(40, generator=g)
+        radius = 1 + 2.0**-17 * torch.randperm(40, generator=g)
+        book = x + radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+        x, book = (scale * t.to(DEVICE) for t in (x, book))
+        assert_nearest(x, [book], *rq_nearest(x, [book]))
 
 
 @pytest.mark.usefixtures("form")

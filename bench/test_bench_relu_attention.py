@@ -1,31 +1,107 @@
-"""Packed histories as in training: relu_attention_varlen against the same sequences one after the other."""
+"""ReLU attention against what one writes in PyTorch, eager and compiled, and softmax attention for scale.
+
+FLOPs are those of the visible pairs of a row and a key: 2 products forward, 5 more backward.
+"""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from genrec.kernels import relu_attention_varlen
-from genrec.kernels.relu_attention import reference
-
-
-def genrec(q, k, v, bias, cu, longest):
-    return relu_attention_varlen(q, k, v, cu, cu, longest, longest, causal=True, rel_bias=bias)
+from genrec.kernels import relu_attention, relu_attention_varlen
 
 
-def one_by_one(q, k, v, bias, cu, longest):
-    return reference.relu_attention_varlen(q, k, v, cu, cu, causal=True, rel_bias=bias)
+def plain(q, k, v, bias):
+    """bias: (…, Lq, Lk), -inf where a key is hidden."""
+    return torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.transpose(1, 2)).relu() @ v / k.shape[1]
 
 
-@pytest.mark.parametrize("attention", [genrec, one_by_one], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("batch", [8, 128])
-def test_forward_and_backward(benchmark, randn, attention, batch):
-    lengths = torch.randint(1, 51, (batch,), generator=torch.Generator().manual_seed(0))
+def passes(attention, inputs, backward):
+    """A call without arguments: the output, and the gradients of its sum of squares if `backward`."""
+    leaves = [x.detach().requires_grad_(backward) for x in inputs]
+
+    def call():
+        out = attention(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())] if backward else out
+
+    return call
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("b", "length", "d"), [(8, 256, 64), (2, 1024, 64), (1, 2048, 128)])
+def test_dense(race, randn, b, length, d, causal, backward):
+    heads, inputs = 4, [randn(b, 4, length, d) for _ in range(3)]
+    hidden = torch.full((length, length), -torch.inf).triu(1) if causal else torch.zeros(length, length)
+
+    def definition(q, k, v):
+        out = plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden)
+        return out.unflatten(0, (b, heads))
+
+    contenders = {
+        "genrec": lambda q, k, v: relu_attention(q, k, v, causal=causal),
+        "eager": definition,
+        "compiled": torch.compile(definition),
+    }
+    calls = {name: passes(attention, inputs, backward) for name, attention in contenders.items()}
+    pairs = b * heads * (length * (length + 1) // 2 if causal else length * length)
+    race(
+        f"attention B{b} H{heads} L{length} D{d}{' causal' * causal}{' with backward' * backward}", calls,
+        flops=(14 if backward else 4) * d * pairs, goal=1.5 if backward else 2.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_softmax_of_the_same_flops(race, randn, causal):
+    """Not a peer, for it computes something else: the tolerance compares nothing."""
+    q, k, v = (randn(2, 4, 1024, 64) for _ in range(3))
+    calls = {
+        "genrec": lambda: relu_attention(q, k, v, causal=causal),
+        "sdpa (softmax)": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+    }
+    pairs = 8 * (1024 * 1025 // 2 if causal else 1024**2)
+    race(f"softmax attention B2 H4 L1024 D64{' causal' * causal}", calls, flops=256 * pairs, tolerance=float("inf"))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
+@pytest.mark.parametrize("limited", [False, True], ids=["causal", "key_limit"])
+@pytest.mark.parametrize(("batch", "longest"), [(128, 50), (16, 512)])
+def test_packed_histories(race, randn, batch, longest, limited, backward):
+    """Histories of 1 … longest events and a learned bias by distance, as in training; peers pad them to the longest."""
+    heads, d, generator = 4, 32, torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
     cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    tokens = int(cu[-1])
-    inputs = [x.requires_grad_() for x in (*(randn(tokens, 4, 32) for _ in range(3)), randn(4, 64))]
-    benchmark.group = f"relu_attention_varlen forward and backward, {batch} histories of up to 50, 4 heads of 32"
-    torch.testing.assert_close(attention(*inputs, cu, 50), one_by_one(*inputs, cu, 50), rtol=1e-4, atol=1e-5)
+    inputs = [*(randn(int(cu[-1]), heads, d) for _ in range(3)), randn(heads, 64)]
+    position = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lengths)
+    options = {"key_limit": position + 1} if limited else {"causal": True}
+    longest = int(lengths.max())
+    grid = torch.arange(longest)
+    distance = (grid[:, None] - grid).clamp(0, 63)
+    hidden = torch.full((longest, longest), -torch.inf).triu(1)
+    real = grid < lengths[:, None]
 
-    def step():
-        torch.autograd.grad(attention(*inputs, cu, 50).sum(), inputs)
+    def padded(q, k, v, bias):
+        q, k, v = (torch.zeros(batch, longest, heads, d).index_put((real,), x).transpose(1, 2) for x in (q, k, v))
+        scores = q * d**-0.5 @ k.transpose(2, 3) + (bias[:, distance] + hidden)
+        return (scores.relu() @ v / lengths[:, None, None, None]).transpose(1, 2)[real]
 
-    benchmark(step)
+    def genrec(q, k, v, bias):
+        return relu_attention_varlen(q, k, v, cu, cu, longest, longest, rel_bias=bias, **options)
+
+    contenders = {"genrec": genrec, "padded": padded, "padded, compiled": torch.compile(padded)}
+    calls = {name: passes(attention, inputs, backward) for name, attention in contenders.items()}
+    pairs = heads * int((lengths * (lengths + 1) // 2).sum())
+    name = f"{batch} histories of up to {longest} H4 D32, bias, {'key_limit' if limited else 'causal'}"
+    race(name + " with backward" * backward, calls, flops=(14 if backward else 4) * d * pairs, goal=3.0)
+
+
+@pytest.mark.parametrize("keys", [50, 1000])
+def test_decoding(race, randn, keys):
+    """30 beams of 8 requests, one step: the beams of a request are rows that share its keys."""
+    q, k, v = randn(8, 4, 30, 32), randn(8, 4, keys, 32), randn(8, 4, keys, 32)
+    hidden = torch.zeros(30, keys)
+
+    def definition():
+        return plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))
+
+    calls = {"genrec": lambda: relu_attention(q, k, v), "eager": definition, "compiled": torch.compile(definition)}
+    race(f"8 requests, 30 beams, {keys} keys H4 D32", calls, flops=4 * 32 * 8 * 4 * 30 * keys, goal=2.0)

@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from op_contract import DEVICE, assert_measured, permuted, run, strided
-from test_relu_attention import dense, loop, offsets, packed, randn, varlen
+from op_contract import DEVICE, FORWARD, assert_measured, error_of, permuted, rounding, run, strided
+from test_relu_attention import dense, loop, offsets, packed, varlen
 
 from genrec.kernels import relu_attention
 from genrec.kernels.relu_attention import reference
@@ -36,8 +36,8 @@ def assert_packed(tensors, cu, options, lengths_q, lengths_k, dtype=torch.float3
 def test_measured_error(dtype, mask, normalizer):
     tensors, options = dense(mask, b=1, h=2, lq=40, lk=50, d=20, dv=24, r=16)
     assert_dense(tensors, options | {"normalizer": normalizer}, dtype)
-    lengths_q, lengths_k = [30, 0, 17, 70], [20, 6, 33, 70]
-    tensors, cu, options = packed(lengths_q, lengths_k, d=20, dv=17, r=16, mask=mask)
+    lengths_q, lengths_k = [30, 0, 70], [20, 6, 70]
+    tensors, cu, options = packed(lengths_q, lengths_k, h=1, d=20, dv=17, r=16, mask=mask)
     assert_packed(tensors, cu, options | {"normalizer": normalizer}, lengths_q, lengths_k, dtype)
 
 
@@ -99,7 +99,9 @@ def test_expanded_inputs_and_gradients():
     torch.testing.assert_close(leaf.grad, leaf_too.grad)
 
 
-@pytest.mark.parametrize(("b", "lq", "lk", "d", "dv"), [(0, 3, 3, 2, 2), (1, 0, 3, 2, 2), (1, 3, 0, 2, 2), (1, 3, 3, 2, 0)])
+@pytest.mark.parametrize(
+    ("b", "lq", "lk", "d", "dv"), [(0, 3, 3, 2, 2), (1, 0, 3, 2, 2), (1, 3, 0, 2, 2), (1, 3, 3, 2, 0)]
+)
 def test_empty(b, lq, lk, d, dv):
     tensors, options = dense(b=b, h=2, lq=lq, lk=lk, d=d, dv=dv)
     assert_dense(tensors, options, torch.float32)
@@ -137,7 +139,7 @@ def test_nothing_but_slack():
 LENGTHS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), max_size=4)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     LENGTHS, st.integers(0, 4), st.sampled_from(MASKS), st.integers(1, 50), st.integers(1, 40), st.booleans(),
     st.sampled_from(["length", "visible"]), st.sampled_from([torch.int32, torch.int64]), st.sampled_from(DTYPES),
@@ -175,7 +177,7 @@ def test_tiles_without_a_positive_score(mask):
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_result_does_not_depend_on_the_batch(mask):
     """To the bit, whatever the neighbours and the bounds: short and long, with few rows and many keys, and both."""
-    lengths_q, lengths_k = [100, 3, 70, 64], [90, 300, 70, 530]
+    lengths_q, lengths_k = [70, 3, 64], [60, 300, 90]
     (q, k, v, bias), cu, options = packed(lengths_q, lengths_k, slack=0, h=1, r=40, mask=mask, dtype=torch.float32)
     limit = options.pop("key_limit")
     call = varlen(cu, options | {"key_limit": limit}, lengths_q, lengths_k)
@@ -185,7 +187,7 @@ def test_a_result_does_not_depend_on_the_batch(mask):
         rows, keys = (slice(end[b], end[b + 1]) for end in ends)
         own = options | {"key_limit": None if limit is None else limit[rows]}
         alone = varlen((offsets([lq]), offsets([lk])), own, [lq], [lk])
-        outputs_alone, gradients_alone = run_sum(lambda *x: alone(*x, bias), q[rows], k[keys], v[keys])
+        outputs_alone, gradients_alone = run_sum(lambda *x, alone=alone: alone(*x, bias), q[rows], k[keys], v[keys])
         assert torch.equal(outputs[rows], outputs_alone)
         for together, apart, part in zip(gradients, gradients_alone, (rows, keys, keys), strict=True):
             assert torch.equal(together[part], apart)
@@ -212,41 +214,46 @@ def one_program_for_all_parts(monkeypatch):
     return lambda: monkeypatch.setattr(triton_forward, "BUSY", 0)
 
 
+def assert_parts(call, plain, tensors, dtype, one_program_for_all_parts):
+    """The right output; and the same bits whether one program adds the parts or a second kernel."""
+    inputs = [x.to(dtype) for x in tensors]
+    split, truth = call(*inputs), plain(*(x.double() for x in inputs))
+    allowed = FORWARD * max(error_of(plain(*inputs), truth), rounding(truth, dtype))
+    assert error_of(split, truth) <= allowed
+    one_program_for_all_parts()
+    assert torch.equal(split, call(*inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("lq", [1, 5, 50])
+@pytest.mark.parametrize("lq", [1, 50])
 def test_few_rows_and_many_keys(dtype, mask, lq, one_program_for_all_parts):
-    """Parts of the keys, added by one program or by a second kernel: the same bits, so a batch may take either."""
     tensors, options = dense(mask, b=2, h=1, lq=lq, lk=530, d=8, dv=20, r=30)
     if mask == "limit":
         options["key_limit"] = options["key_limit"] * 3 // 2
     options["normalizer"] = "visible"
-    assert_dense(tensors, options, dtype)
-    q, k, v, bias = (x.to(dtype) for x in tensors)
-    split = relu_attention(q, k, v, rel_bias=bias, **options)
-    one_program_for_all_parts()
-    assert torch.equal(split, relu_attention(q, k, v, rel_bias=bias, **options))
+    assert_parts(
+        lambda q, k, v, b: relu_attention(q, k, v, rel_bias=b, **options),
+        lambda q, k, v, b: reference.relu_attention(q, k, v, rel_bias=b, **options),
+        tensors,
+        dtype,
+        one_program_for_all_parts,
+    )
 
 
 def test_few_rows_and_many_keys_packed(one_program_for_all_parts):
     lengths_q, lengths_k = [3, 0, 20, 1, 2], [300, 5, 0, 256, 513]
-    tensors, cu, options = packed(lengths_q, lengths_k, slack=40, h=2, r=300, mask="causal")
-    assert_packed(tensors, cu, options, lengths_q, lengths_k)
+    tensors, cu, options = packed(lengths_q, lengths_k, slack=40, h=1, r=300)
     call = varlen(cu, options, lengths_q, lengths_k)
-    split = call(*(x.float() for x in tensors))
-    one_program_for_all_parts()
-    assert torch.equal(split, call(*(x.float() for x in tensors)))
+    assert_parts(call, loop(cu, options), tensors, torch.float32, one_program_for_all_parts)
 
 
 def test_beams_share_the_keys_of_their_request():
     """As rows of one block, or expanded without a copy: the same numbers."""
-    k, v = randn(2, 3, 300, 8, dtype=torch.float32), randn(2, 3, 300, 8, dtype=torch.float32, seed=1)
-    q = randn(2, 3, 4, 8, dtype=torch.float32, seed=2)
+    (q, k, v, _), _ = dense(b=1, h=2, lq=3, lk=300, dtype=torch.float32)
     rows = relu_attention(q, k, v)
-    beams = relu_attention(
-        q.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None], *(x.expand(4, *x.shape).flatten(0, 1) for x in (k, v))
-    )
-    torch.testing.assert_close(beams.view(4, 2, 3, 8).permute(1, 2, 0, 3), rows)
+    beams = relu_attention(q.permute(2, 1, 0, 3), k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1))
+    torch.testing.assert_close(beams.permute(2, 1, 0, 3), rows)
 
 
 @pytest.fixture
@@ -263,10 +270,10 @@ def test_atomic_gradients(dtype, mask):
     from genrec.kernels.relu_attention.triton import atomic_gradients
 
     lengths_q, lengths_k = [20, 0, 40], [35, 5, 40]
-    tensors, cu, options = packed(lengths_q, lengths_k, d=20, dv=17, r=16, mask=mask)
+    tensors, cu, options = packed(lengths_q, lengths_k, h=1, d=20, dv=17, r=16, mask=mask)
     with atomic_gradients():
         assert_packed(tensors, cu, options | {"normalizer": "visible"}, lengths_q, lengths_k, dtype)
-        tensors, options = dense(mask, b=1, h=2, lq=50, lk=40, r=60)
+        tensors, options = dense(mask, b=1, h=1, lq=50, lk=40, r=60)
         assert_dense(tensors, options, dtype)
         assert_dense(tensors[:3], options, dtype)
 
@@ -276,7 +283,7 @@ def test_atomic_gradients_are_a_choice_that_determinism_overrides(monkeypatch):
 
     kinds = []
     keys = triton_backward._keys
-    monkeypatch.setattr(triton_backward, "_keys", lambda *args: kinds.append(args[2] is not None) or keys(*args))
+    monkeypatch.setattr(triton_backward, "_keys", lambda *args: kinds.append(len(args) > 4) or keys(*args))
     tensors = [x.float().requires_grad_() for x in dense()[0][:3]]
 
     def backward():
@@ -292,4 +299,3 @@ def test_atomic_gradients_are_a_choice_that_determinism_overrides(monkeypatch):
         finally:
             torch.use_deterministic_algorithms(True, warn_only=True)
     assert not backward()
-

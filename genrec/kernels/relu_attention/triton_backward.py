@@ -1,18 +1,20 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: SIM102 - a condition that is known when a kernel is compiled stands alone
 """The backward pass of ReLU attention. With P the weights of forward and G = dO / n
 
-    dV = Pᵀ G     dS = (G Vᵀ) ⊙ [P > 0]     dQ = scale · dS K     dK = scale · dSᵀ Q     dbias[d] = Σ of dS at distance d
+    dV = Pᵀ G    dS = (G Vᵀ) ⊙ [P > 0]    dQ = scale · dS K    dK = scale · dSᵀ Q    dbias[d] = Σ of dS at distance d
 
 Nothing is saved but the inputs: tiles of P are computed again, and a tile of zeros skips all other products.
 
 The deterministic form gives every sum to one program, which adds in the order of its loop:
 
     backward_keys     dK and dV of a block of keys, going through the rows that see it: 4 products
-    backward_queries  dQ of a block of rows, going through the keys they see: 3 products; and, of every block, the sum of
-                      dS over all pairs at least R − 1 apart, for the last entry of the table
-    bias_gradient     the other entries (triton_bias.py)
+    backward_queries  dQ of a block of rows, going through the keys they see: 3 products; and the block's sum of dS over
+                      all pairs at least R − 1 apart, for the last entry of the table
+    backward_bias     the other entries (triton_bias.py)
 
-Floor: 4 products, 4 · 2 · D flops for each visible pair; here 7, for P and G Vᵀ are computed twice. The atomic form is
-`backward_keys` alone, 5 products: it adds its tiles of dQ and of the table to float32 sums in memory, in whichever order.
+Floor: 5 products, 10 · D flops for each visible pair, where Dv = D; here 7, for P and G Vᵀ are computed twice. The
+atomic form is `backward_keys` alone, with 5: it adds its tiles of dQ and of the table to float32 sums in memory.
 """
 
 from __future__ import annotations
@@ -199,9 +201,9 @@ def backward_keys(
             grad_weights_NM = inner(v_ND, grad_MD, DIM_V, CHUNK_V)
             grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)
             if VISIBLE:
-                own_M = tl.maximum(end, 1).to(tl.float32)
-                weights_NM /= own_M[None, :]
-                grad_scores_NM /= own_M[None, :]
+                share_M = 1 / tl.maximum(end, 1).to(tl.float32)
+                weights_NM *= share_M[None, :]
+                grad_scores_NM *= share_M[None, :]
             sum_v_ND = outer(sum_v_ND, weights_NM, grad_MD, DIM_V, CHUNK_V)
             sum_k_ND = outer(sum_k_ND, grad_scores_NM, q_MD, DIM, CHUNK)
             if ATOMIC:
@@ -209,7 +211,7 @@ def backward_keys(
                 add(grad_q, first_q, stride_oq, row, inside, times(part_MD, scale / n), DIM, CHUNK)
                 if rel_bias is not None:
                     add_by_distance(
-                        grad_bias, grad_scores_NM / n, anchor, key, nearest, furthest, first_key, buckets,
+                        grad_bias, grad_scores_NM * (1 / n), anchor, key, nearest, furthest, first_key, buckets,
                         AHEAD=not CAUSAL and limit is None, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_M,
                     )  # fmt: skip
     store(grad_k, first_k, stride_ok, key, exists, times(sum_k_ND, scale / n), DIM, CHUNK)
@@ -223,15 +225,15 @@ def gradients(grad: Tensor, call: Call, atomic: bool) -> Gradients:
     """dQ, dK, dV and dbias, which is empty without one, in the layouts and dtypes of q, k, v and rel_bias."""
     grad = along_rows(grad)
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.k, call.v))
+    grad_bias = call.q.new_zeros(call.q.shape[1] if call.buckets else 0, call.buckets, dtype=torch.float32)
     if atomic:
-        grad_q, grad_bias = call.q.new_zeros(call.q.shape, dtype=torch.float32), _table(call)
-        _keys(grad, call, grad_q, grad_k, grad_v, grad_bias)
-        grad_q = grad_q.to(call.q.dtype)
+        sums = call.q.new_zeros(call.q.shape, dtype=torch.float32)
+        _keys(grad, call, grad_k, grad_v, sums, grad_bias)
+        grad_q = sums.to(call.q.dtype)
     else:
+        _keys(grad, call, grad_k, grad_v)
         grad_q, far = _queries(grad, call)
-        _keys(grad, call, None, grad_k, grad_v, None)
-        grad_bias = _table(call)
-        if grad_bias is not None:
+        if call.buckets:
             grad_bias[:, -1] = far.sum(0)
             near_gradient(grad, call, grad_bias)
     if call.rel_bias is None:
@@ -239,40 +241,36 @@ def gradients(grad: Tensor, call: Call, atomic: bool) -> Gradients:
     return grad_q, grad_k, grad_v, grad_bias.to(call.rel_bias.dtype)
 
 
-def _table(call: Call) -> Tensor | None:
-    """A gradient of rel_bias, float32, from 0."""
-    return None if call.rel_bias is None else call.rel_bias.new_zeros(call.rel_bias.shape, dtype=torch.float32)
-
-
 def _queries(grad: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """dQ, and the parts (…, H) of the last bias's gradient."""
-    tile = call.constants("backward_queries")
+    constants = call.constants("backward_queries" + call.form)
     grad_q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
-    blocks = max(1, triton.cdiv(call.length_q, tile["BLOCK_M"]))
+    blocks = max(1, triton.cdiv(call.length_q, constants["BLOCK_M"]))
     far = grad.new_zeros(call.batch * blocks, call.heads, dtype=torch.float32)
     launch(
         backward_queries, (blocks * call.heads * (call.batch + call.is_packed),),
         grad, call.q, call.k, call.v, grad_q, far, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(grad, call.q, call.k, call.v, grad_q), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.q.shape[0], blocks,
-        call.buckets, call.scale, call.divisor, **tile,
+        call.buckets, call.scale, call.divisor, **constants,
     )  # fmt: skip
     return grad_q, far
 
 
 def _keys(
-    grad: Tensor, call: Call, grad_q: Tensor | None, grad_k: Tensor, grad_v: Tensor, grad_bias: Tensor | None
-) -> None:
-    """Write dK and dV; given float32 zeros for dQ and dbias, add to those too."""
-    atomic = grad_q is not None
-    tile = call.constants("backward_atomic" if atomic else "backward_keys")
-    blocks = max(1, triton.cdiv(call.length_k, tile["BLOCK_N"]))
+    grad: Tensor, call: Call, grad_k: Tensor, grad_v: Tensor,
+    sums_q: Tensor | None = None, sums_bias: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write dK and dV; given float32 sums of dQ and dbias, add to those too."""
+    atomic = sums_q is not None
+    constants = call.constants("backward_atomic" if atomic else "backward_keys" + call.form)
+    blocks = max(1, triton.cdiv(call.length_k, constants["BLOCK_N"]))
     launch(
         backward_keys, (blocks * call.heads * (call.batch + call.is_packed),),
-        grad, call.q, call.k, call.v, grad_q, grad_k, grad_v, grad_bias,
+        grad, call.q, call.k, call.v, sums_q, grad_k, grad_v, sums_bias,
         call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
-        *call.strides(grad, call.q, call.k, call.v, call.q if grad_q is None else grad_q, grad_k, grad_v),
+        *call.strides(grad, call.q, call.k, call.v, call.q if sums_q is None else sums_q, grad_k, grad_v),
         *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.k.shape[0], blocks,
-        call.buckets, call.scale, call.divisor, ATOMIC=atomic, **tile,
+        call.buckets, call.scale, call.divisor, ATOMIC=atomic, **constants,
     )  # fmt: skip

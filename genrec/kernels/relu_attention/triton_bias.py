@@ -1,12 +1,13 @@
+# mypy: allow-untyped-defs
 """The gradient of rel_bias: dbias[d] = Σ of dS over all pairs of a row and a key at distance d, without atomics.
 
 Entries of the same distance lie on diagonals of a tile of dS. Shifting every row of the tile by its anchor, a gather on
 chip, turns the diagonals into rows, which are then added up.
 
-A program has a window of BLOCK_W distances of one head, keeps their sums in registers, and computes only the tiles that hold
-them: about BLOCK_W + BLOCK_M keys for each block of rows, 2 products each. All windows together compute about
-2 · min(R, L) · L pairs of a sequence. Pieces of at most ROWS rows are dealt out to at most GROUPS programs per window, so
-the partial sums, (GROUPS, H, R) float32, do not grow with the batch; torch adds them in a fixed order.
+A program has a window of BLOCK_W distances of one head, keeps their sums in registers, and computes only the tiles that
+hold them: BLOCK_W + BLOCK_M keys for each block of rows, 2 products each. All windows compute about 2 · min(R, L) · L
+pairs of a sequence. Pieces of at most ROWS rows are dealt out to at most GROUPS programs per window: the partial sums,
+(GROUPS, H, R) float32, do not grow with the batch. torch adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -94,9 +95,12 @@ def backward_bias(
                 row, first_row, limit_b, stride_l, rows, keys, CAUSAL, BLOCK_M
             )
             q_MD = matrix(head_of(q, b, h, stride_qb, stride_qh), first_q, stride_q, row, row < rows, DIM, CHUNK, LATE)
-            grad_MD = matrix(
-                head_of(grad, b, h, stride_gb, stride_gh), first_q, stride_g, row, row < rows, DIM_V, CHUNK_V, LATE
-            )
+            grad_bh = head_of(grad, b, h, stride_gb, stride_gh)
+            grad_MD = matrix(grad_bh, first_q, stride_g, row, row < rows, DIM_V, CHUNK_V, LATE)
+            k_bh, v_bh = head_of(k, b, h, stride_kb, stride_kh), head_of(v, b, h, stride_vb, stride_vh)
+            share = 1 / n
+            if VISIBLE:
+                share = 1 / tl.maximum(end, 1).to(tl.float32)[None, :]
             for AHEAD in tl.static_range(0, 1 if CAUSAL or limit is not None else 2):
                 if AHEAD:
                     low, high = nearest + first_distance, furthest + first_distance + BLOCK_W
@@ -105,15 +109,13 @@ def backward_bias(
                 for first_key in tl.range(tl.maximum(low, 0), tl.minimum(high, none_sees), BLOCK_N, num_stages=1):
                     key = first_key + tl.arange(0, BLOCK_N)
                     seen = key < none_sees
-                    k_ND = matrix(head_of(k, b, h, stride_kb, stride_kh), first_k, stride_k, key, seen, DIM, CHUNK, LATE)
-                    v_ND = matrix(head_of(v, b, h, stride_vb, stride_vh), first_k, stride_v, key, seen, DIM_V, CHUNK_V, LATE)
+                    k_ND = matrix(k_bh, first_k, stride_k, key, seen, DIM, CHUNK, LATE)
+                    v_ND = matrix(v_bh, first_k, stride_v, key, seen, DIM_V, CHUNK_V, LATE)
                     weights_NM = weights_of(
                         inner(k_ND, q_MD, DIM, CHUNK), anchor[None, :], end[None, :],
                         key[:, None], nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
                     )  # fmt: skip
-                    grad_weights_NM = inner(v_ND, grad_MD, DIM_V, CHUNK_V) / n
-                    if VISIBLE:
-                        grad_weights_NM /= tl.maximum(end, 1).to(tl.float32)[None, :]
+                    grad_weights_NM = inner(v_ND, grad_MD, DIM_V, CHUNK_V) * share
                     grad_scores_NM = tl.where(weights_NM <= 0, 0.0, grad_weights_NM)
                     sums += sums_by_distance(grad_scores_NM, anchor, first_key, distance, AHEAD, BLOCK_N)
     tl.store(partial + (group * heads + h) * near + distance, sums, mask=distance < near)
@@ -126,14 +128,14 @@ def near_gradient(grad: Tensor, call: Call, grad_bias: Tensor) -> None:
     groups = min(GROUPS, call.batch * pieces)
     if near == 0 or groups == 0:
         return
-    tile = call.constants("backward_bias")
-    windows = triton.cdiv(near, tile["BLOCK_W"])
+    constants = call.constants("backward_bias")
+    windows = triton.cdiv(near, constants["BLOCK_W"])
     partial = torch.empty(groups, call.heads, near, dtype=torch.float32, device=grad.device)
     launch(
         backward_bias, (groups * call.heads * windows,),
         grad, call.q, call.k, call.v, partial, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(grad, call.q, call.k, call.v), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, near, windows, groups, pieces,
-        call.buckets, call.scale, call.divisor, ROWS=ROWS, **tile,
+        call.buckets, call.scale, call.divisor, ROWS=ROWS, **constants,
     )  # fmt: skip
     grad_bias[:, :near] = partial.sum(0)

@@ -1,11 +1,10 @@
-"""The host's side of the Triton kernels of ReLU attention: one form of the arguments for dense and for packed tensors."""
+"""What the launches of ReLU attention share: one form of the arguments, for dense and for packed tensors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from genrec.kernels.launch import Table
@@ -59,12 +58,19 @@ class Call(NamedTuple):
             return 0, 0
         return (0, self.limit.stride(0)) if self.is_packed else (self.limit.stride(0), self.limit.stride(1))
 
-    def constants(self, kernel: str, **sizes: int) -> dict[str, Any]:
+    @property
+    def form(self) -> str:
+        """Ending of the names of launches for short sequences, "" for others; packed sequences take one form."""
+        return "" if self.is_packed or max(self.length_q, self.length_k) > 16 else "_16"
+
+    def constants(self, name: str) -> dict[str, Any]:
         """What a kernel is compiled for: its row of the launch table, and what the call fixes."""
         dim, dim_v = self.q.shape[-1], self.v.shape[-1]
-        tile = dict(TABLE.config(kernel, self.q, dim=max(dim, dim_v), **sizes))
+        tile = dict(TABLE.config(name, self.q, dim=max(dim, dim_v)))
         if "num_stages" in tile:
-            tile["STAGES"] = tile["num_stages"]  # of the loop that carries the sums, whether it can be seen to multiply or not
+            tile["STAGES"] = tile[
+                "num_stages"
+            ]  # of the loop that carries the sums, whether it can be seen to multiply or not
         widest = tile.pop("CHUNK", WIDEST)
         chunks = {"CHUNK": min(widest, _power_of_two(dim)), "CHUNK_V": min(widest, _power_of_two(dim_v))}
         return {"CAUSAL": self.causal, "VISIBLE": self.visible, "DIM": dim, "DIM_V": dim_v, **chunks, **tile}
@@ -94,8 +100,10 @@ def _call(
 
 
 def along_rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension. Rows of another stride are rare, and one copy costs less than kernels whose
-    loads are not vectors: those would be slower by the width of a vector, and there would be twice as many of them."""
+    """x with a contiguous last dimension, a copy if need be.
+
+    Other layouts are rare, and loads that are not vectors would cost a kernel more than the copy does.
+    """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

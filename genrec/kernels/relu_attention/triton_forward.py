@@ -1,19 +1,21 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: SIM102 - a condition that is known when a kernel is compiled stands alone
 """The forward pass of ReLU attention: one program for each block of rows, head and sequence.
 
     out_i = Σ_j visible_ij · relu(scale · q_i·k_j + rel_bias[h, d_ij]) · v_j / n_i
 
-A program keeps its rows of q and its sum on chip and goes through the keys block by block, only as far as any of its rows
+A program keeps its rows of q and its sum on chip and goes through the keys block by block, as far as any of its rows
 sees. A block whose weights are all 0 skips the second product. Nothing is normalised over the keys, so nothing but the
-output is written. Blocks of one head and sequence are neighbours in the grid and find its keys in L2; under a causal mask
-the last rows, which see most, go first.
+output is written. Blocks of one head and sequence are neighbours in the grid and find its keys in L2; the last rows,
+which see most under a causal mask, go first.
 
-Floor: 4 · H · D flops for each visible pair of row and key; q, k, v and out once through memory.
+Floor: 2 · (D + Dv) flops for each visible pair of row and key of a head; q, k, v and out once through memory.
 
 Few rows and many keys, as in decoding, where the beams of a request are rows that share its keys: blocks of rows are
-small, and the sum is a sum over parts of PART keys each, added in their order. Either a program goes through all parts of
-its rows, or, where that would leave the GPU idle, every part has a program and `combine` adds the parts. Both give the
-same bits, so the choice may depend on the size of the batch. Which form a row takes depends on the number of rows of its
-own sequence alone: a result does not depend on the batch.
+small, and the sum is a sum over parts of PART keys each, added in their order. Either a program goes through all parts
+for its rows, or, where that would leave the GPU idle, every part has a program and `combine` adds the parts. Both give
+the same bits, so the choice may depend on the size of the batch. Which form a packed sequence takes depends on the
+number of its own rows alone: no result depends on the batch.
 """
 
 from __future__ import annotations
@@ -102,8 +104,8 @@ def forward(
         k_ND = matrix(k, first_k, stride_k, key, key < none_sees, DIM, CHUNK, LATE)
         v_ND = matrix(v, first_k, stride_v, key, key < none_sees, DIM_V, CHUNK_V, LATE)
         weights_MN = weights_of(
-            inner(q_MD, k_ND, DIM, CHUNK), anchor[:, None], end[:, None], key[None, :], nearest, furthest, all_see, first_key,
-            rel_bias, buckets, scale, BLOCK_N,
+            inner(q_MD, k_ND, DIM, CHUNK), anchor[:, None], end[:, None], key[None, :],
+            nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N,
         )  # fmt: skip
         if any_positive(weights_MN, SKIP):
             sum_MD = outer(sum_MD, weights_MN, v_ND, DIM_V, CHUNK_V)
@@ -159,7 +161,7 @@ def combine(
     store(out, first_q, stride_o, row, inside, times(total_MD, 1 / n), DIM_V, CHUNK_V)
 
 
-FEW = 64  # a packed sequence of at most so many rows takes the form for few rows
+FEW = 64  # a sequence of at most so many rows takes the form for few rows
 BUSY = 256  # programs that keep a GPU busy
 
 
@@ -168,22 +170,23 @@ def attention(call: Call) -> Tensor:
     out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
     if out.numel() == 0:
         return out
-    if not call.is_packed:
-        _attend(call, out, 0, call.length_q)
-    else:
-        _attend(call, out, 0, FEW)
+    if call.is_packed:
+        _attend(call, out, "forward_64", 0, FEW)
         if call.length_q > FEW:
-            _attend(call, out, FEW + 1, call.length_q)
+            _attend(call, out, "forward", FEW + 1, call.length_q)
+    else:
+        form = "forward_16" if call.length_q <= 16 else "forward_64" if call.length_q <= FEW else "forward"
+        _attend(call, out, form, 0, call.length_q)
     return out
 
 
-def _attend(call: Call, out: Tensor, least: int, most: int) -> None:
+def _attend(call: Call, out: Tensor, form: str, least: int, most: int) -> None:
     """Write the rows of sequences of `least` … `most` rows."""
-    tile = call.constants("forward", rows=most, keys=FEW if call.is_packed else call.length_k)
-    part, rows = tile.get("PART"), min(most, call.length_q)
-    blocks = max(1, triton.cdiv(rows, tile["BLOCK_M"]))
-    idle = call.batch * call.heads * blocks < BUSY
-    split = part is not None and idle and rows == call.length_q and call.length_k > part
+    constants = call.constants(form)
+    part, rows = constants.get("PART", 0), min(most, call.length_q)
+    blocks = max(1, triton.cdiv(rows, constants["BLOCK_M"]))
+    idle = rows == call.length_q and call.batch * call.heads * blocks < BUSY
+    split = idle and 0 < part < call.length_k
     parts = triton.cdiv(call.length_k, part) if split else 1
     partial = None
     if split:
@@ -194,13 +197,13 @@ def _attend(call: Call, out: Tensor, least: int, most: int) -> None:
         call.q, call.k, call.v, out, partial, call.cu_q, call.cu_k, call.limit, call.rel_bias, call.divisors,
         *call.strides(call.q, call.k, call.v, out), *call.limit_strides(),
         call.batch, call.heads, call.length_q, call.length_k, call.q.shape[0], least, rows, blocks, parts,
-        call.buckets, call.scale, call.divisor, SPLIT=split, **tile,
+        call.buckets, call.scale, call.divisor, SPLIT=split, **constants,
     )  # fmt: skip
     if split:
         launch(
             combine, (triton.cdiv(rows, 16) * call.heads * call.batch,),
             partial, out, call.cu_q, call.cu_k, call.limit, call.divisors, *call.strides(out), *call.limit_strides(),
             call.batch, call.heads, rows, call.length_k, parts, call.divisor,
-            CAUSAL=call.causal, VISIBLE=call.visible, DIM_V=out.shape[-1], CHUNK_V=tile["CHUNK_V"],
+            CAUSAL=call.causal, VISIBLE=call.visible, DIM_V=out.shape[-1], CHUNK_V=constants["CHUNK_V"],
             BLOCK_M=16, PART=part,
         )  # fmt: skip

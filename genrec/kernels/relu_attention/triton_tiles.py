@@ -1,8 +1,9 @@
-"""What the Triton kernels of ReLU attention share: where a sequence lies, what its rows see, and a tile of weights.
+# mypy: ignore-errors
+"""What the Triton kernels of ReLU attention share: where a sequence lies, what its rows see, a tile of weights, and
+matrices, which are kept as tiles of CHUNK columns: one of them as a rule, several where one would not fit in registers.
 
 All kernels read (B, H, L, D) tensors and packed (T, H, D) tensors through the same three strides: of the batch (0 where
-packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements. A matrix is
-held as tiles of CHUNK columns: mostly one of them, several in float32, where a product needs the registers for three.
+packed), of the head and of the row. Offsets of rows are int64, so tensors may be larger than 2³¹ elements.
 """
 
 from __future__ import annotations
@@ -169,8 +170,11 @@ def divisor_of(divisors, divisor, b, length_k, VISIBLE: tl.constexpr):
 def weights_of(
     scores, anchor, end, key, nearest, furthest, all_see, first_key, rel_bias, buckets, scale, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """relu(scale · scores + rel_bias[distance]), 0 where a row does not see a key. A tile of distant keys takes one bias
-    for all, and a tile that all rows see is not masked. anchor, end and key broadcast to the scores, whichever way they lie."""
+    """relu(scale · scores + rel_bias[distance]), 0 where a row does not see a key.
+
+    A tile of distant keys takes one bias for all, and a tile that all rows see is not masked. anchor, end and key
+    broadcast to the scores, whichever way they lie.
+    """
     scores *= scale
     if rel_bias is not None:
         last = buckets - 1
@@ -186,8 +190,10 @@ def weights_of(
 
 @triton.jit
 def any_positive(weights, SKIP: tl.constexpr):
-    """Whether a tile of weights, each ≥ 0 or not a number, holds anything but zeros. Integers find NaN, and reduce faster.
-    Without SKIP nobody looks, and the answer is yes."""
+    """Whether a tile of weights, each ≥ 0 or not a number, holds anything but zeros; without SKIP nobody looks.
+
+    As integers, for then NaN counts as well and the reduction is one instruction.
+    """
     if SKIP:
         return tl.max(weights.to(tl.uint32, bitcast=True)) != 0
     return True

@@ -48,10 +48,10 @@ def define(
 
 
 def _register_autograd(name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> None:
-    """What torch.library.register_autograd does, without the 20 µs that it adds to a call, 70 µs with a list of tensors.
+    """What torch.library.register_autograd does, without the 20 µs that it adds to a call, 70 µs with lists of tensors.
 
-    An autograd.Function sees only tensors that are arguments of its own: lists are spread out on the way in and gathered
-    again. `lengths` says how, None for an argument that is not a list.
+    An autograd.Function sees only tensors that are arguments of its own: lists are spread out on the way in and
+    gathered again. `lengths` says how, None for an argument that is not a list.
     """
     operator = getattr(torch.ops.genrec, name).default._op
 

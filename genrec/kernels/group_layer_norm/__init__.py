@@ -74,8 +74,7 @@ def _usual(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, residual:
         and bias.is_floating_point()
         and device == group_ids.device == weight.device == bias.device
         and (
-            residual is None
-            or (residual.shape == shape and residual.is_floating_point() and residual.device == device)
+            residual is None or (residual.shape == shape and residual.is_floating_point() and residual.device == device)
         )
     )
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Group layer norm on the GPU: genrec::group_layer_norm, genrec::add_group_layer_norm and their backward pass.
 
 Memory bounds all of it. For N tokens of D elements, e bytes each, the least that must move is
@@ -98,8 +99,8 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "share", "eps"])
 def _backward(
-    grad, s, ids, weight, grad_sum, grad_s, partials, tokens, share, dim, groups, grad_stride, s_stride, sum_stride, eps,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr,
+    grad, s, ids, weight, grad_sum, grad_s, partials, tokens, share, dim, groups, grad_stride, s_stride, sum_stride,
+    eps, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens part · share … + share of groups first … + GROUPS; of grad_s and the sums one chunk.
@@ -140,7 +141,8 @@ def _backward(
         g = dy * _affine(weight, group, known, own, dim)
         result = (g - mean_g - normed * mean_gx) * rstd
         if grad_sum is not None:  # the gradient that reached s past the norm
-            result += tl.load(grad_sum + (row * sum_stride)[:, None] + own[None, :], mask=inside, other=0).to(tl.float32)
+            at = (row * sum_stride)[:, None] + own[None, :]
+            result += tl.load(grad_sum + at, mask=inside, other=0).to(tl.float32)
         tl.store(grad_s + row[:, None] * dim + own[None, :], result.to(dtype), mask=inside)
         for i in tl.static_range(GROUPS):
             mine = (known & token & (number == i))[:, None]

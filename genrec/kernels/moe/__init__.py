@@ -92,7 +92,7 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, 
         return torch.ops.genrec.moe_experts(x, weights, indices, w_gate_up, w_down)
     try:
         return torch.ops.genrec.moe_experts(x, weights, indices, w_gate_up, w_down)
-    except RuntimeError:  # whoever computes on the CPU looks at every index; asking first would cost more than small experts
+    except RuntimeError:  # the kernel looks at every index anyway; asking first would cost more than small experts
         check_range("indices", indices, experts, "experts")
         raise
 

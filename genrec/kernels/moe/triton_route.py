@@ -11,16 +11,14 @@ Floor: T·E logits read once, T·k weights and indices written once; backward re
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genrec.kernels.launch import Table, launch
+from genrec.kernels.launch import launch
+from genrec.kernels.moe.triton_order import TABLE
 
-TABLE = Table(Path(__file__).with_name("launch.csv"))
 LOWEST = tl.constexpr(-(2**63))  # below every key
 
 

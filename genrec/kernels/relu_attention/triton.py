@@ -22,6 +22,7 @@ from torch import Tensor
 
 from genrec.kernels.library import PLAIN, implement
 from genrec.kernels.relu_attention.triton_backward import Gradients, gradients
+from genrec.kernels.relu_attention.triton_call import TABLE as TABLE
 from genrec.kernels.relu_attention.triton_call import dense, fits, packed
 from genrec.kernels.relu_attention.triton_forward import attention
 

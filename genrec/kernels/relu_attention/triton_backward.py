@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-# ruff: noqa: SIM102 - a condition that is known when a kernel is compiled stands alone
+
 """The backward pass of ReLU attention. With P the weights of forward and G = dO / n
 
     dV = Pᵀ G    dS = (G Vᵀ) ⊙ [P > 0]    dQ = scale · dS K    dK = scale · dSᵀ Q    dbias[d] = Σ of dS at distance d

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-# ruff: noqa: SIM102 - a condition that is known when a kernel is compiled stands alone
+
 """The forward pass of ReLU attention: one program for each block of rows, head and sequence.
 
     out_i = Σ_j visible_ij · relu(scale · q_i·k_j + rel_bias[h, d_ij]) · v_j / n_i

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Residual nearest-code search on the GPU: genrec::rq_nearest and its backward pass.
 
 The search is 2·N·D·ΣK FLOP; no distance leaves the chip. A program has BLOCK_N rows and passes over the codes in tiles

@@ -1,5 +1,5 @@
 """The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer: built once more with both, and run by the
-kernels' own tests. torch's allocations go through the sanitizer too, so one element past the end of any tensor is an error.
+kernels' own tests. torch's allocations go through the sanitizer too: one element past the end of a tensor is an error.
 
 ThreadSanitizer does not understand the barriers of GNU OpenMP, on which torch's threads meet, and would report every
 parallel loop. That no thread writes what another one reads is shown by equal bits on any number of threads instead.
@@ -19,7 +19,8 @@ SELECTED = "not compile and not opcheck and not hypothesis and not overhead"
 
 
 def library(name: str) -> str:
-    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def test_an_overrun_would_be_found(sanitized):
     program = (
         "import torch, genrec.kernels as k; assert k.NATIVE_ERROR is None;"
         "x = torch.zeros(40);"
-        "from ctypes import c_float; lie = torch.frombuffer((c_float * 64).from_address(x.data_ptr()), dtype=torch.float32);"
+        "from ctypes import c_float; memory = (c_float * 64).from_address(x.data_ptr());"
+        "lie = torch.frombuffer(memory, dtype=torch.float32);"
         "k.group_layer_norm(lie.view(1, 64), torch.zeros(1, dtype=torch.int64), torch.ones(1, 64), torch.zeros(1, 64))"
     )
     result = run(sanitized, ["-c", program])

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 # Every tensor in an allocation of its own, or an access past the end would land in a neighbour unseen.
 SANITIZER := GENREC_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help install demo test lint bench kernels-check tune gpu clean
+.PHONY: help install demo test sanitize lint bench kernels-check tune gpu clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -31,13 +31,16 @@ demo: install  ## raw MovieLens logs → trained recommender → runs/demo/repor
 test: install  ## every test, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
+sanitize: install  ## the kernels' tests under AddressSanitizer and UBSan; builds the kernels once more, some ten minutes
+	$(BIN)/python -m pytest csrc/tests
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: install  ## the operators against plain PyTorch
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --race
 
 kernels-check: install  ## every Triton kernel compiled for six GPU architectures; every operator against float64
 	$(BIN)/python -m genrec.kernels.compilation

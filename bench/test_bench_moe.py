@@ -1,5 +1,5 @@
-"""A mixture of experts against the ways to write it in PyTorch: the definition, a loop of matrix products over tokens sorted
-by expert, eager and compiled, and torch's grouped product."""
+"""A mixture of experts against the ways to write it in PyTorch: the definition, a loop of matrix products over tokens
+sorted by expert, eager and compiled, and torch's grouped product."""
 
 import pytest
 import torch

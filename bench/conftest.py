@@ -38,13 +38,13 @@ def randn():
 @pytest.fixture
 def race(request):
     """race(case, contenders, flops=, bytes=, goal=): "genrec" and its peers, functions without arguments that return
-    the same tensors."""
+    the same tensors, or tensors whose `measure` is the same; `within` has contexts for some of them."""
 
-    def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None):
+    def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None, measure=None):
         results = {}
         for name, function in contenders.items():
             with (within or {}).get(name, nullcontext)():
-                results[name] = function()
+                results[name] = measure(function()) if measure else function()
         expected = _tensors(next(result for name, result in results.items() if name != "genrec"))
         for name, result in results.items():
             for ours, theirs in zip(_tensors(result), expected, strict=True):

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Function = Callable[[], object]
 ROUND = 0.02  # seconds that a contender runs at a time, at least one call
@@ -47,6 +48,25 @@ class Result:
     def share(self) -> float:
         """Of what the machine's own matmul and copy would take for the same FLOPs and bytes, one after the other."""
         return max(self.flops / matmul_rate(), self.bytes / copy_rate()) / self.ours
+
+
+def passes(
+    forms: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]], inputs: list[Tensor], backward: bool
+) -> dict[str, Function]:
+    """Calls without arguments: each form's output, and, if `backward`, the gradients of half its sum of squares."""
+
+    def bind(form: Callable[..., Tensor | tuple[Tensor, ...]]) -> Function:
+        leaves = [x.detach().requires_grad_(backward) for x in inputs]
+
+        def call() -> list[Tensor]:
+            out = form(*leaves)
+            outputs = [out] if isinstance(out, Tensor) else list(out)
+            grads = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs]) if backward else ()
+            return [*(x.detach() for x in outputs), *grads]
+
+        return call
+
+    return {name: bind(form) for name, form in forms.items()}
 
 
 def race(

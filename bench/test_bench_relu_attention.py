@@ -7,23 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.race import passes
 from genrec.kernels import relu_attention, relu_attention_varlen
 
 
 def plain(q, k, v, bias):
     """bias: (…, Lq, Lk), -inf where a key is hidden."""
     return torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.transpose(1, 2)).relu() @ v / k.shape[1]
-
-
-def passes(attention, inputs, backward):
-    """A call without arguments: the output, and the gradients of its sum of squares if `backward`."""
-    leaves = [x.detach().requires_grad_(backward) for x in inputs]
-
-    def call():
-        out = attention(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())] if backward else out
-
-    return call
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
@@ -42,7 +32,7 @@ def test_dense(race, randn, b, length, d, causal, backward):
         "eager": definition,
         "compiled": torch.compile(definition),
     }
-    calls = {name: passes(attention, inputs, backward) for name, attention in contenders.items()}
+    calls = passes(contenders, inputs, backward)
     pairs = b * heads * (length * (length + 1) // 2 if causal else length * length)
     race(
         f"attention B{b} H{heads} L{length} D{d}{' causal' * causal}{' with backward' * backward}", calls,
@@ -88,7 +78,7 @@ def test_packed_histories(race, randn, batch, longest, limited, backward):
         return relu_attention_varlen(q, k, v, cu, cu, longest, longest, rel_bias=bias, **options)
 
     contenders = {"genrec": genrec, "padded": padded, "padded, compiled": torch.compile(padded)}
-    calls = {name: passes(attention, inputs, backward) for name, attention in contenders.items()}
+    calls = passes(contenders, inputs, backward)
     pairs = heads * int((lengths * (lengths + 1) // 2).sum())
     name = f"{batch} histories of up to {longest} H4 D32, bias, {'key_limit' if limited else 'causal'}"
     race(name + " with backward" * backward, calls, flops=(14 if backward else 4) * d * pairs, goal=3.0)

@@ -1,30 +1,91 @@
-"""Nearest code of one level: rq_nearest against what one writes in PyTorch."""
+"""The nearest code, of one level and of three, against what one writes in PyTorch, eager and compiled, and against the
+libraries people take for it.
+
+FLOPs are those of the inner products, 2 · N · K · D for each level.
+"""
 
 import pytest
 import torch
 
 from genrec.kernels import rq_nearest
 
-
-def genrec(x, codebook):
-    return rq_nearest(x, [codebook])[0][:, 0]
+DIM = 256
 
 
 def addmm_argmin(x, codebook):
     return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
 
 
+def in_chunks(x, codebook, rows=256):
+    """The same with distances that stay in cache."""
+    norms = codebook.square().sum(1)
+    return torch.cat([torch.addmm(norms, part, codebook.T, alpha=-2).argmin(1) for part in x.split(rows)])
+
+
 def cdist_argmin(x, codebook):
     return torch.cdist(x, codebook).argmin(1)
 
 
-@pytest.mark.parametrize("search", [genrec, addmm_argmin, cdist_argmin], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("n", [64, 2048])
+def residual(search):
+    """All levels with the search of one."""
+
+    def levels(x, codebooks):
+        codes, rest = [], x
+        for codebook in codebooks:
+            codes.append(search(rest, codebook))
+            rest = rest - codebook[codes[-1]]
+        return torch.stack(codes, 1), x - rest
+
+    return levels
+
+
+SEARCHES = {"addmm": addmm_argmin, "addmm in chunks": in_chunks, "cdist": cdist_argmin}
+
+
+def libraries():
+    """Searches of the packages that are installed here."""
+    found = {}
+    try:
+        from sklearn.metrics import pairwise_distances_argmin
+
+        found["scikit-learn"] = lambda x, c: torch.from_numpy(pairwise_distances_argmin(x.numpy(), c.numpy()))
+    except ImportError:
+        pass
+    try:
+        import faiss
+
+        found["faiss"] = lambda x, c: torch.from_numpy(faiss.knn(x.numpy(), c.numpy(), 1)[1][:, 0])
+    except ImportError:
+        pass
+    return found
+
+
+def distance(x, quantized):
+    return (x.double() - quantized.double()).square().sum(1)
+
+
+@pytest.mark.parametrize("n", [1, 64, 2048])
 @pytest.mark.parametrize("k", [1024, 4096, 16384])
-def test_nearest(benchmark, randn, search, n, k):
-    x, codebook = randn(n, 256), randn(k, 256)
-    benchmark.group = f"rq_nearest {n}×256 in {k} codes, float32"
-    chosen = (x.double() - codebook.double()[search(x, codebook)]).square().sum(1)
-    truth = torch.cdist(x.double(), codebook.double()).square().amin(1)
-    assert (chosen - truth).max() < 1e-3  # of about 400
-    benchmark(search, x, codebook)
+def test_nearest(race, randn, n, k):
+    x, codebook = randn(n, DIM), randn(k, DIM)
+    searches = SEARCHES | libraries() | {"addmm, compiled": torch.compile(addmm_argmin, dynamic=False)}
+    contenders = {"genrec": lambda: rq_nearest(x, [codebook])[0][:, 0]}
+    contenders |= {name: (lambda search=search: search(x, codebook)) for name, search in searches.items()}
+    race(
+        f"nearest of {k} codes, {n}×{DIM}", contenders, flops=2 * n * k * DIM, bytes=codebook.nbytes, goal=2.0,
+        measure=lambda codes: distance(x, codebook[codes]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [64, 2048])
+@pytest.mark.parametrize("sizes", [(256, 256, 256), (1024, 4096, 16384)], ids=str)
+def test_residual(race, randn, n, sizes):
+    x, codebooks = randn(n, DIM), [randn(k, DIM) / (level + 1) for level, k in enumerate(sizes)]
+    contenders = {"genrec": lambda: rq_nearest(x, codebooks)}
+    forms = {name: residual(search) for name, search in (SEARCHES | libraries()).items()}
+    forms["addmm, compiled"] = torch.compile(residual(addmm_argmin), dynamic=False)
+    contenders |= {name: (lambda form=form: form(x, codebooks)) for name, form in forms.items()}
+    race(
+        f"residual codes of {sizes}, {n}×{DIM}", contenders, flops=2 * n * sum(sizes) * DIM, goal=2.0,
+        measure=lambda result: distance(x, result[1]),
+    )  # fmt: skip

@@ -1,5 +1,5 @@
 """The operators of genrec. Each is a folder: `__init__.py` is the public function, `reference.py` the definition,
-`op.py` the registration, `triton.py` the GPU kernels; docs/kernels.md explains them together."""
+`op.py` the registration, `triton.py` the GPU kernels; docs/kernels/README.md explains them together."""
 
 import warnings
 

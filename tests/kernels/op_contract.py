@@ -1,4 +1,4 @@
-"""The op contract as functions: what every operator is held to (docs/kernels.md, "The contract")."""
+"""The op contract as functions: what every operator is held to (docs/kernels/README.md, "The contract")."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ using genrec::Affine;
 using genrec::as_type;
 using genrec::dense;
 using genrec::Groups;
+using genrec::new_empty;
 using genrec::Norm;
 using genrec::NormBackward;
 using genrec::NormForward;
@@ -92,7 +93,7 @@ std::pair<Tensor, Tensor> norm(const Norm<C>& unit, ScalarType wide, Tensor x, s
                                const Tensor& weight, const Tensor& bias, double eps) {
   const ScalarType type = residual ? residual->scalar_type() : x.scalar_type();
   const int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type), s = residual ? torch::stable::new_empty(y, x.sizes()) : x;
+  Tensor y = new_empty(x, x.sizes(), type), s = residual ? new_empty(x, x.sizes(), type) : x;
   if (rows == 0) return {y, s};
   const Tensor scale = as_type(dense(weight), wide), shift = as_type(dense(bias), wide);
   const Affine<C> affine{read<C>(scale), read<C>(shift), groups_of(ids, weight.size(0)), dim, C(eps)};
@@ -161,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Norm<C>& unit, ScalarType
                                                  const Tensor& weight, const Tensor& bias, double eps,
                                                  std::optional<Tensor> grad_sum) {
   const int64_t dim = s.size(s.dim() - 1), rows = s.numel() / dim, groups = weight.size(0);
-  Tensor grad_s = torch::stable::new_empty(s, s.sizes());
-  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes(), wide);
-  Tensor grad_bias = torch::stable::new_empty(bias, bias.sizes(), wide);
+  Tensor grad_s = new_empty(s, s.sizes(), s.scalar_type());
+  Tensor grad_weight = new_empty(weight, weight.sizes(), wide);
+  Tensor grad_bias = new_empty(bias, bias.sizes(), wide);
   const Tensor scale = as_type(dense(weight), wide);
   const Affine<C> affine{read<C>(scale), nullptr, groups_of(ids, groups), dim, C(eps)};
   const NormBackward backward{rows_of(grad), grad_sum ? rows_of(*grad_sum) : Rows{}, rows_of(s),

@@ -184,7 +184,7 @@ struct Arguments {
     all.down_row = down.stride(1);
   }
 
-  // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows.
+  // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows or waiting sums.
   int64_t packed_size(const MoeExperts<C>& unit) const {
     const int64_t block = unit.block * std::max(3 * all.dim, 2 * all.hidden);
     return std::max<int64_t>(kPackedBytes / sizeof(C), block) + 17 * kDepthBlock;
@@ -222,7 +222,7 @@ Tensor forward(const MoeExperts<C>& unit, ScalarType storage, const Tensor& x, c
   const Scratch<C> scratch{{&all.activation, rows * all.hidden_stride},
                            {&all.by_pair, rows * all.dim_stride},
                            {&packed, packed_size * most_shares()}};
-  const Tensor y = torch::stable::new_empty(x, {a.tokens, all.dim}, storage);
+  const Tensor y = new_empty(x, {a.tokens, all.dim}, storage);
   for (int64_t t = 0; t < a.tokens; t += pairs.batch()) {
     const int64_t tokens = std::min(pairs.batch(), a.tokens - t);
     pairs.sort(t, tokens, all);
@@ -259,10 +259,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MoeExperts<C>& unit, S
   const ScalarType sums = once ? storage : kType<C>;
   const auto step_gate_up = once ? unit.gradient_gate_up : unit.accumulate_gate_up;
   const auto step_down = once ? unit.gradient_down : unit.accumulate_down;
-  const Tensor grad_x = torch::stable::new_empty(x, {a.tokens, all.dim}, storage);
-  const Tensor grad_weights = torch::stable::new_empty(x, {a.tokens, all.slots}, kType<C>);
-  const Tensor grad_gate_up = torch::stable::new_empty(x, {a.experts, 2 * all.hidden, all.dim}, sums);
-  const Tensor grad_down = torch::stable::new_empty(x, {a.experts, all.dim, all.hidden}, sums);
+  const Tensor grad_x = new_empty(x, {a.tokens, all.dim}, storage);
+  const Tensor grad_weights = new_empty(x, {a.tokens, all.slots}, kType<C>);
+  const Tensor grad_gate_up = new_empty(x, {a.experts, 2 * all.hidden, all.dim}, sums);
+  const Tensor grad_down = new_empty(x, {a.experts, all.dim, all.hidden}, sums);
   all.grad_gate_up = grad_gate_up.mutable_data_ptr();
   all.grad_down = grad_down.mutable_data_ptr();
   all.first = true;
@@ -346,8 +346,8 @@ std::tuple<Tensor, Tensor> route(const MoeRoute<C>& unit, const Tensor& logits_,
   const Tensor logits = dense(as_type(logits_, kType<C>));
   const Tensor bias = bias_ ? dense(as_type(*bias_, kType<C>)) : logits;
   const int64_t tokens = logits.size(0), experts = logits.size(1);
-  Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
-  Tensor indices = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Int);
+  Tensor weights = new_empty(logits, {tokens, top_k}, kType<C>);
+  Tensor indices = new_empty(logits, {tokens, top_k}, ScalarType::Int);
   for_tokens<C>(tokens, experts, [&](int64_t first, int64_t count, C* scratch) {
     unit.forward(read<C>(logits) + first * experts, bias_ ? read<C>(bias) : nullptr, count, experts, top_k, renormalize,
                  write<C>(weights) + first * top_k, write<int32_t>(indices) + first * top_k, scratch);
@@ -365,7 +365,7 @@ Tensor route_backward(const MoeRoute<C>& unit, const Tensor& grad_, const Tensor
   for (int64_t i = 0; i < tokens * top_k; i++)
     STD_TORCH_CHECK(index[i] >= 0 && index[i] < experts, "moe_route_backward: indices holds ", index[i], "; expected 0 … ",
                     experts - 1);
-  Tensor grad_logits = torch::stable::new_empty(logits, {tokens, experts});
+  Tensor grad_logits = new_empty(logits, {tokens, experts}, kType<C>);
   for_tokens<C>(tokens, experts, [&](int64_t first, int64_t count, C* scratch) {
     unit.backward(read<C>(grad) + first * top_k, read<C>(logits) + first * experts, index + first * top_k, count, experts,
                   top_k, renormalize, write<C>(grad_logits) + first * experts, scratch);

@@ -14,7 +14,6 @@
 #include <new>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace genrec {
@@ -65,9 +64,17 @@ Memory<T> allocate(int64_t size) {
   return Memory<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
 }
 
-int64_t integer(const Tensor& tensor, int64_t offset) {
-  return tensor.scalar_type() == ScalarType::Int ? read<int32_t>(tensor)[offset] : read<int64_t>(tensor)[offset];
-}
+// The elements of an int32 or int64 tensor, by their place in memory.
+struct Integers {
+  const void* data;
+  bool wide;
+
+  explicit Integers(const Tensor& tensor)
+      : data(tensor.const_data_ptr()), wide(tensor.scalar_type() == ScalarType::Long) {}
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
 
 void check_integer(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long, name,
@@ -82,7 +89,9 @@ std::vector<int64_t> offsets(const Tensor& cu_seqlens, int64_t tokens, const cha
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, name, " must be (B + 1,)");
   check_integer(cu_seqlens, name);
   std::vector<int64_t> values(cu_seqlens.size(0));
-  for (size_t b = 0; b < values.size(); b++) values[b] = integer(cu_seqlens, b * cu_seqlens.stride(0));
+  const Integers from(cu_seqlens);
+  const int64_t stride = cu_seqlens.stride(0);
+  for (size_t b = 0; b < values.size(); b++) values[b] = from[b * stride];
   STD_TORCH_CHECK(values.front() == 0 && std::is_sorted(values.begin(), values.end()) && values.back() <= tokens, name,
                   " must start at 0, never fall and end at most at ", tokens, ", the number of tokens");
   return values;
@@ -98,6 +107,7 @@ struct Problem {
   const Options& options;
   int64_t heads, dim, dim_v;
   Operand q, k, v;
+  std::optional<Integers> limit;
   int64_t limit_batch = 0, limit_row = 0;
   std::optional<Tensor> divisors;
 
@@ -109,6 +119,7 @@ struct Problem {
       : kernel(kernel), sequences(sequences), options(options), heads(q.size(1)), dim(q.size(-1)), dim_v(v.size(-1)),
         q(q, q.dim() == 3), k(k, q.dim() == 3), v(v, q.dim() == 3) {
     if (options.key_limit) {
+      limit.emplace(*options.key_limit);
       limit_row = options.key_limit->stride(-1);
       limit_batch = q.dim() == 3 ? 0 : options.key_limit->stride(0);
     }
@@ -135,16 +146,17 @@ struct Problem {
 
   void describe(const Task& task, Rows& rows) const {
     const Sequence& s = sequences[task.sequence];
-    const bool masked = options.causal || options.key_limit;
+    const bool masked = options.causal || limit;
+    if (divisors) std::fill_n(rows.divisor.data(), task.rows, read<C>(*divisors)[task.sequence]);
     for (int64_t i = 0; i < task.rows; i++) {
       const int64_t row = task.first_row + i, diagonal = row + s.keys - s.rows;
       int64_t seen = options.causal ? diagonal + 1 : s.keys;
-      if (options.key_limit)
-        seen = integer(*options.key_limit, task.sequence * limit_batch + (s.first_row + row) * limit_row);
+      if (limit) seen = (*limit)[task.sequence * limit_batch + (s.first_row + row) * limit_row];
       rows.end[i] = std::clamp<int64_t>(seen, 0, s.keys);
       rows.anchor[i] = masked ? rows.end[i] - 1 : diagonal;
+      if (divisors) continue;
       const double count = std::max<int64_t>(options.visible ? rows.end[i] : s.keys, 1);
-      rows.divisor[i] = divisors ? read<C>(*divisors)[task.sequence] : C(options.divisor > 0 && !options.visible ? options.divisor : count);
+      rows.divisor[i] = C(options.divisor > 0 && !options.visible ? options.divisor : count);
     }
   }
 
@@ -324,7 +336,7 @@ int64_t used_keys(const std::vector<Sequence>& sequences) {
 Tensor empty(const Tensor& like, const Tensor& last) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = last.size(-1);
-  return torch::stable::new_empty(like, shape);
+  return new_empty(like, shape, like.scalar_type());
 }
 
 // call(kernel) with the kernel of the storage type.
@@ -362,13 +374,12 @@ Gradient4 backward(const Tensor& grad, const Tensor& q, const Tensor& k, const T
   }
   Tensor grad_q = empty(q, q), grad_k = empty(k, k), grad_v = empty(v, v);
   const ScalarType wide = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor grad_bias = options.rel_bias ? torch::stable::new_empty(q, options.rel_bias->sizes(), wide)
-                                      : torch::stable::new_empty(q, {0});
+  Tensor grad_bias = options.rel_bias ? new_empty(q, options.rel_bias->sizes(), wide)
+                                      : new_empty(q, {0}, q.scalar_type());
   with_kernel(q.scalar_type(), [&](const auto& kernel) {
-    using C = std::decay_t<decltype(*Problem(kernel, sequences, options, q, k, v).bias.data())>;
-    Problem(kernel, sequences, options, q, k, v)
-        .backward(as_type(grad, q.scalar_type()), grad_q, grad_k, grad_v,
-                  options.rel_bias ? static_cast<C*>(grad_bias.mutable_data_ptr()) : nullptr);
+    Problem problem(kernel, sequences, options, q, k, v);
+    problem.backward(as_type(grad, q.scalar_type()), grad_q, grad_k, grad_v,
+                     options.rel_bias ? static_cast<decltype(problem.bias.data())>(grad_bias.mutable_data_ptr()) : nullptr);
   });
   clear_slack(grad_q, used_rows(sequences));
   clear_slack(grad_k, used_keys(sequences));

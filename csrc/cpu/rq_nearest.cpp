@@ -87,8 +87,8 @@ template <typename C>
 std::tuple<Tensor, Tensor> run(const Nearest<C>& unit, const Tensor& x, const std::vector<Tensor>& codebooks,
                                ScalarType wide, ScalarType storage) {
   const int64_t rows = x.size(0), dim = x.size(1), levels = codebooks.size();
-  Tensor codes = torch::stable::new_empty(x, {rows, levels}, ScalarType::Long);
-  Tensor quantized = torch::stable::new_empty(x, {rows, dim}, wide);
+  Tensor codes = genrec::new_empty(x, {rows, levels}, ScalarType::Long);
+  Tensor quantized = genrec::new_empty(x, {rows, dim}, wide);
   if (rows == 0) return {as_type(quantized, codebooks[0].scalar_type()), codes};
   int64_t* chosen = write<int64_t>(codes);
   C* total = write<C>(quantized);

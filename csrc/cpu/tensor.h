@@ -22,6 +22,17 @@ inline Tensor as_type(const Tensor& tensor, ScalarType type) {
 }
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// Memory for a result, contiguous. torch::stable::new_empty finds the operator by its name, which takes longer than a small
+// norm; this one is a function call.
+inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, -1, nullptr, &result));
+  return Tensor(result);
+}
+
 template <typename T>
 const T* read(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -19,6 +19,7 @@ from torch import Tensor
 LIBRARY = torch.library.Library("genrec", "DEF")
 OPERATORS: list[str] = []  # every public operator, in the order of definition
 PLAIN: dict[str, Callable[..., Any]] = {}  # the plain PyTorch form of every operator, which runs on any device
+DIFFERENTIABLE: dict[str, Callable[..., Any]] = {}  # every public operator with its gradient, below autocast
 TRITON: dict[str, Callable[..., Any]] = {}  # the Triton form of those that have one
 
 
@@ -77,6 +78,24 @@ def _register_autograd(name: str, setup_context: Callable[..., None] | None, bac
             return operator(*arguments)
 
     LIBRARY.impl(name, kernel, "Autograd")
+    DIFFERENTIABLE[name] = kernel
+
+
+def entry(name: str) -> Callable[..., Any]:
+    """torch.ops.genrec.<name> for the public functions. In eager mode it calls the operator's gradient itself, which
+    the dispatcher would call with all arguments converted twice more: 15 µs, longer than a small operator takes."""
+    operator, differentiable = getattr(torch.ops.genrec, name), DIFFERENTIABLE[name]
+
+    def call(*arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._is_any_autocast_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return operator(*arguments)
+        return differentiable(*arguments)
+
+    return call
 
 
 def _spread(arguments: tuple[Any, ...]) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from genrec.kernels.checks import (
@@ -17,8 +16,12 @@ from genrec.kernels.checks import (
     check_shape,
 )
 from genrec.kernels.group_layer_norm import op as op
+from genrec.kernels.library import entry
 
 __all__ = ["group_layer_norm"]
+
+_group_layer_norm = entry("group_layer_norm")
+_add_group_layer_norm = entry("add_group_layer_norm")
 
 
 @overload
@@ -54,8 +57,8 @@ def group_layer_norm(
         _check(x, group_ids, weight, bias, residual)
     check_range("group_ids", group_ids, weight.shape[0], "groups")
     if residual is None:
-        return torch.ops.genrec.group_layer_norm(x, group_ids, weight, bias, eps)
-    return torch.ops.genrec.add_group_layer_norm(x, residual, group_ids, weight, bias, eps)
+        return _group_layer_norm(x, group_ids, weight, bias, eps)
+    return _add_group_layer_norm(x, residual, group_ids, weight, bias, eps)
 
 
 def _usual(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:

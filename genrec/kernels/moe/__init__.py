@@ -16,9 +16,13 @@ from genrec.kernels.checks import (
     check_same_dtype,
     check_shape,
 )
+from genrec.kernels.library import entry
 from genrec.kernels.moe import op as op
 
 __all__ = ["moe_experts", "moe_ffn", "moe_route"]
+
+_moe_route = entry("moe_route")
+_moe_experts = entry("moe_experts")
 
 
 def moe_route(
@@ -50,7 +54,7 @@ def moe_route(
         check_floating(bias=bias)
         check_shape("bias", bias, (logits.shape[1],), "(E,)")
         check_device(logits.device, bias=bias)
-    weights, indices = torch.ops.genrec.moe_route(logits, top_k, bias, renormalize)
+    weights, indices = _moe_route(logits, top_k, bias, renormalize)
     return weights, indices
 
 
@@ -89,9 +93,9 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, 
     check_integer("indices", indices)
     check_device(x.device, weights=weights, indices=indices, w_gate_up=w_gate_up, w_down=w_down)
     if torch.compiler.is_compiling():
-        return torch.ops.genrec.moe_experts(x, weights, indices, w_gate_up, w_down)
+        return _moe_experts(x, weights, indices, w_gate_up, w_down)
     try:
-        return torch.ops.genrec.moe_experts(x, weights, indices, w_gate_up, w_down)
+        return _moe_experts(x, weights, indices, w_gate_up, w_down)
     except RuntimeError:  # the kernel looks at every index anyway; asking first would cost more than small experts
         check_range("indices", indices, experts, "experts")
         raise

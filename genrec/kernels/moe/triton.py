@@ -33,13 +33,12 @@ def examples(dtype: torch.dtype, device: torch.device | str = "meta") -> Iterato
     def chosen(tokens: int, k: int, experts: int) -> torch.Tensor:
         return torch.randint(0, experts, (tokens, k), dtype=torch.int32, device=device)
 
-    for e, k, biased in (16, 4, False), (16, 4, True), (64, 4, True), (256, 8, True), (1024, 8, True):
+    for e, k, plain in (16, 4, True), (16, 4, False), (64, 4, True), (256, 8, True), (1024, 8, True):
         logits, weights, indices = empty(64, e), empty(64, k, dtype=torch.float32), chosen(64, k, e)
-        bias = empty(e, dtype=torch.float32) if biased else None
-        for renormalize in (True, False):
-            name = f"E {e} k {k} bias {biased} renormalize {renormalize}"
-            yield f"route {name}", partial(route, logits, k, bias, renormalize)
-            yield f"route backward {name}", partial(route_backward, weights, logits, indices, renormalize)
+        bias = None if plain else empty(e, dtype=torch.float32)
+        name = f"E {e} k {k}{'' if plain else ' with bias, not renormalized'}"
+        yield f"route {name}", partial(route, logits, k, bias, plain)
+        yield f"route backward {name}", partial(route_backward, weights, logits, indices, plain)
 
     decoding, few, many = 16, 256, 8192
     weights, indices = empty(64, 4, dtype=torch.float32), chosen(64, 4, 8)

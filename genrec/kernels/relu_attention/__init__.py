@@ -18,9 +18,13 @@ from genrec.kernels.checks import (
     check_shape,
     has_values,
 )
+from genrec.kernels.library import entry
 from genrec.kernels.relu_attention import op as op
 
 __all__ = ["relu_attention", "relu_attention_varlen"]
+
+_relu_attention = entry("relu_attention")
+_relu_attention_varlen = entry("relu_attention_varlen")
 
 
 def relu_attention(
@@ -69,9 +73,7 @@ def relu_attention(
     if rel_bias is not None:
         _check_bias(rel_bias, heads, q.device)
     divisors, divisor, visible = _divisor(normalizer, batch, q.device)
-    return torch.ops.genrec.relu_attention(
-        q, k, v, key_limit, rel_bias, divisors, causal, _scale(scale, dim), divisor, visible
-    )
+    return _relu_attention(q, k, v, key_limit, rel_bias, divisors, causal, _scale(scale, dim), divisor, visible)
 
 
 def relu_attention_varlen(
@@ -128,7 +130,7 @@ def relu_attention_varlen(
         check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "the shape of cu_seqlens_q")
     check_device(q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     divisors, divisor, visible = _divisor(normalizer, cu_seqlens_q.shape[0] - 1, q.device)
-    return torch.ops.genrec.relu_attention_varlen(
+    return _relu_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         key_limit, rel_bias, divisors, causal, _scale(scale, dim), divisor, visible,
     )  # fmt: skip

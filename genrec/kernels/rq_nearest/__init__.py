@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from genrec.kernels.checks import check_device, check_dims, check_floating, check_shape
+from genrec.kernels.library import entry
 from genrec.kernels.rq_nearest import op as op
 
 __all__ = ["rq_nearest"]
+
+_rq_nearest = entry("rq_nearest")
 
 
 def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -36,7 +38,7 @@ def rq_nearest(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not _usual(x, codebooks):
         _check(x, codebooks)
-    quantized, codes = torch.ops.genrec.rq_nearest(x, list(codebooks))
+    quantized, codes = _rq_nearest(x, list(codebooks))
     return codes, quantized
 
 

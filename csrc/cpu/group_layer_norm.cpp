@@ -51,13 +51,18 @@ Rows rows_of(Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), stride};
 }
 
-Groups groups_of(Tensor& ids, int64_t count) {
+// The groups of `rows` tokens, all of which exist.
+Groups groups_of(Tensor& ids, int64_t rows, int64_t count) {
   int64_t stride = spacing(ids, ids.dim());
   if (stride < 0) {
     ids = torch::stable::contiguous(ids);
     stride = 1;
   }
-  return {ids.const_data_ptr(), stride, ids.scalar_type() == ScalarType::Long, count};
+  const Groups groups{ids.const_data_ptr(), stride, ids.scalar_type() == ScalarType::Long, count};
+  for (int64_t i = 0; i < rows; i++)
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < count, "group_layer_norm: group_ids holds ", groups[i], "; expected 0 … ",
+                    count - 1, ", one of ", count, " groups");
+  return groups;
 }
 
 bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
@@ -96,7 +101,7 @@ std::pair<Tensor, Tensor> norm(const Norm<C>& unit, ScalarType wide, Tensor x, s
   Tensor y = new_empty(x, x.sizes(), type), s = residual ? new_empty(x, x.sizes(), type) : x;
   if (rows == 0) return {y, s};
   const Tensor scale = as_type(dense(weight), wide), shift = as_type(dense(bias), wide);
-  const Affine<C> affine{read<C>(scale), read<C>(shift), groups_of(ids, weight.size(0)), dim, C(eps)};
+  const Affine<C> affine{read<C>(scale), read<C>(shift), groups_of(ids, rows, weight.size(0)), dim, C(eps)};
   NormForward forward{rows_of(x), {}, {}, {y.mutable_data_ptr(), dim}};
   if (residual) {
     forward.residual = rows_of(*residual);
@@ -166,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Norm<C>& unit, ScalarType
   Tensor grad_weight = new_empty(weight, weight.sizes(), wide);
   Tensor grad_bias = new_empty(bias, bias.sizes(), wide);
   const Tensor scale = as_type(dense(weight), wide);
-  const Affine<C> affine{read<C>(scale), nullptr, groups_of(ids, groups), dim, C(eps)};
+  const Affine<C> affine{read<C>(scale), nullptr, groups_of(ids, rows, groups), dim, C(eps)};
   const NormBackward backward{rows_of(grad), grad_sum ? rows_of(*grad_sum) : Rows{}, rows_of(s),
                               {grad_s.mutable_data_ptr(), dim}};
 

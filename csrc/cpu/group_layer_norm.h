@@ -11,18 +11,23 @@ struct Rows {
   int64_t stride;
 };
 
-// The group of row i is entry i * stride of ids, int64 or int32.
+// The group of row i is entry i * stride of ids, int64 or int32; it is one of `count`.
 struct Groups {
   const void* ids;
   int64_t stride;
   bool wide;
   int64_t count;
+
+  int64_t operator[](int64_t row) const {
+    const int64_t at = row * stride;
+    return wide ? static_cast<const int64_t*>(ids)[at] : static_cast<const int32_t*>(ids)[at];
+  }
 };
 
 template <typename C>
 struct Affine {
   const C *weight, *bias;  // (groups, dim); the backward pass needs no bias
-  Groups groups;           // a row of none of them becomes NaN
+  Groups groups;
   int64_t dim;
   C eps;
 };

@@ -65,18 +65,6 @@ inline S* row_of(const Rows& rows, int64_t row) {
   return static_cast<S*>(rows.data) + row * rows.stride;
 }
 
-// -1 for a group that does not exist.
-inline int64_t group_of(const Groups& groups, int64_t row) {
-  const int64_t at = row * groups.stride;
-  const int64_t group = groups.wide ? static_cast<const int64_t*>(groups.ids)[at] : static_cast<const int32_t*>(groups.ids)[at];
-  return group >= 0 && group < groups.count ? group : -1;
-}
-
-template <typename S>
-inline void fill_with_nan(S* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d++) row[d] = narrow<S>(Compute<S>(__builtin_nan("")));
-}
-
 template <typename S>
 inline Compute<S> mean(const S* row, int64_t dim) {
   using C = Compute<S>;
@@ -136,11 +124,7 @@ inline void normalize(const Affine<C>& affine, const Rows& from, const Rows& to,
   for (int64_t i = 0; i < count; i++) {
     const T* s = row_of<T>(from, first + i);
     S* y = row_of<S>(to, first + i);
-    const int64_t group = group_of(affine.groups, first + i);
-    if (group < 0) {
-      fill_with_nan(y, dim);
-      continue;
-    }
+    const int64_t group = affine.groups[first + i];
     const C *weight = affine.weight + group * dim, *bias = affine.bias + group * dim, mean = means[i], rstd = rstds[i];
     sweep<C>(dim, [&](Span span, int) {
       put(y, span, (take(s, span) - mean) * rstd * take(weight, span) + take(bias, span));
@@ -187,13 +171,12 @@ void norm_backward(const Affine<Compute<S>>& affine, const NormBackward& rows, i
     int64_t groups[kNormRows];
     for (int64_t i = 0; i < count; i++) {
       moments[i].mean = mean(row_of<S>(rows.s, first + i), dim);
-      groups[i] = group_of(affine.groups, first + i);
+      groups[i] = affine.groups[first + i];
     }
     for (int64_t i = 0; i < count; i++) {
       prefetch(row_of<S>(rows.s, first + count + i), dim);
       prefetch(row_of<S>(rows.grad, first + count + i), dim);
       prefetch(row_of<S>(rows.grad_s, first + i), dim);
-      if (groups[i] < 0) continue;
       const S *s = row_of<S>(rows.s, first + i), *grad = row_of<S>(rows.grad, first + i);
       const C *weight = affine.weight + groups[i] * dim, mean = moments[i].mean;
       Vec<C> squares[kNormChains] = {}, weighted[kNormChains] = {}, projected[kNormChains] = {};
@@ -209,10 +192,6 @@ void norm_backward(const Affine<Compute<S>>& affine, const NormBackward& rows, i
     }
     for (int64_t i = 0; i < count; i++) {
       S* grad_s = row_of<S>(rows.grad_s, first + i);
-      if (groups[i] < 0) {
-        fill_with_nan(grad_s, dim);
-        continue;
-      }
       const S *s = row_of<S>(rows.s, first + i), *grad = row_of<S>(rows.grad, first + i);
       const S* grad_sum = row_of<S>(rows.grad_sum, first + i);
       const C* weight = affine.weight + groups[i] * dim;

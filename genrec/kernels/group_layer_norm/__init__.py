@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from genrec.kernels.checks import (
@@ -51,11 +52,22 @@ def group_layer_norm(
 
     Raises:
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.
-        IndexError: a group id outside [0, G) (eager mode on the CPU; elsewhere such a token becomes NaN).
+        IndexError: a group id outside [0, G) on the CPU, RuntimeError under torch.compile (a GPU makes the token NaN).
     """
     if not _usual(x, group_ids, weight, bias, residual):
         _check(x, group_ids, weight, bias, residual)
-    check_range("group_ids", group_ids, weight.shape[0], "groups")
+    if torch.compiler.is_compiling():
+        return _norm(x, group_ids, weight, bias, eps, residual)
+    try:
+        return _norm(x, group_ids, weight, bias, eps, residual)
+    except RuntimeError:  # the kernel looks at every id anyway; asking first would cost more than a small norm
+        check_range("group_ids", group_ids, weight.shape[0], "groups")
+        raise
+
+
+def _norm(
+    x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
     if residual is None:
         return _group_layer_norm(x, group_ids, weight, bias, eps)
     return _add_group_layer_norm(x, residual, group_ids, weight, bias, eps)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genrec.kernels.checks import check_range
 from genrec.kernels.library import define
 
 
@@ -20,7 +21,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _rows(group_ids: Tensor, groups: int) -> Tensor:
-    """One row of `_affine` per token: its group, or the row of NaN behind the groups if there is no such group."""
+    """One row of `_affine` per token: its group, or the row of NaN behind the groups if there is no such group, which
+    is an IndexError where the ids can be looked at."""
+    check_range("group_ids", group_ids, groups, "groups")
     known = (group_ids >= 0) & (group_ids < groups)
     return torch.where(known, group_ids, groups).flatten()
 

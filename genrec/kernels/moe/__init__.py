@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genrec.kernels.checks import (
+    INTEGERS,
     check_device,
     check_dims,
     check_floating,
@@ -78,6 +79,39 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, 
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.
         IndexError: an index outside [0, E) (eager mode on the CPU).
     """
+    if not _usual(x, weights, indices, w_gate_up, w_down):
+        _check(x, weights, indices, w_gate_up, w_down)
+    if torch.compiler.is_compiling():
+        return _moe_experts(x, weights, indices, w_gate_up, w_down)
+    try:
+        return _moe_experts(x, weights, indices, w_gate_up, w_down)
+    except RuntimeError:  # the kernel looks at every index anyway; asking first would cost more than small experts
+        check_range("indices", indices, w_gate_up.shape[0], "experts")
+        raise
+
+
+def _usual(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_down: Tensor) -> bool:
+    """Whether everything fits, in one look: asking one by one takes longer than small experts."""
+    tokens, pairs, gate_up = x.shape, indices.shape, w_gate_up.shape
+    return (
+        len(tokens) == 2
+        and len(gate_up) == 3
+        and len(pairs) == 2
+        and pairs == weights.shape
+        and pairs[0] == tokens[0]
+        and gate_up[2] == tokens[1]
+        and gate_up[1] % 2 == 0
+        and w_down.shape == (gate_up[0], gate_up[2], gate_up[1] // 2)
+        and x.dtype is w_gate_up.dtype is w_down.dtype
+        and x.is_floating_point()
+        and weights.is_floating_point()
+        and indices.dtype in INTEGERS
+        and x.device == weights.device == indices.device == w_gate_up.device == w_down.device
+    )
+
+
+def _check(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
+    """Says what does not fit."""
     check_dims("x", x, "(T, D)")
     check_dims("indices", indices, "(T, k)")
     check_dims("w_gate_up", w_gate_up, "(E, 2F, D)")
@@ -92,13 +126,6 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, 
     check_floating(weights=weights)
     check_integer("indices", indices)
     check_device(x.device, weights=weights, indices=indices, w_gate_up=w_gate_up, w_down=w_down)
-    if torch.compiler.is_compiling():
-        return _moe_experts(x, weights, indices, w_gate_up, w_down)
-    try:
-        return _moe_experts(x, weights, indices, w_gate_up, w_down)
-    except RuntimeError:  # the kernel looks at every index anyway; asking first would cost more than small experts
-        check_range("indices", indices, experts, "experts")
-        raise
 
 
 def moe_ffn(

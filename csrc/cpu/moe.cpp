@@ -184,7 +184,7 @@ struct Arguments {
     all.down_row = down.stride(1);
   }
 
-  // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows or waiting sums.
+  // What one thread packs: as much as stays in cache, or one block, and a tile of a gradient's rows.
   int64_t packed_size(const MoeExperts<C>& unit) const {
     const int64_t block = unit.block * std::max(3 * all.dim, 2 * all.hidden);
     return std::max<int64_t>(kPackedBytes / sizeof(C), block) + 17 * kDepthBlock;

@@ -27,13 +27,6 @@ inline void gather(const C* (&rows)[ROWS], const C* matrix, int64_t stride, cons
   for (int r = 0; r < ROWS; r++) rows[r] = matrix + token[r] * stride;
 }
 
-// Asks for the rows of the next tile, which lie anywhere.
-template <typename C>
-inline void prefetch_rows(const C* matrix, int64_t stride, const int32_t* token, int64_t begin, int64_t end, int64_t depth) {
-  for (int64_t r = begin; r < end; r++)
-    for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(C))) __builtin_prefetch(matrix + token[r] * stride + d);
-}
-
 template <typename S>
 inline const S* weights_of(const void* weights, int64_t expert, int64_t stride) {
   return static_cast<const S*>(weights) + expert * stride;

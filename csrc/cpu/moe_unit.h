@@ -21,8 +21,6 @@ void activate(const Experts<Compute<S>>& all, int64_t expert, int64_t begin, int
       const int64_t r = rows.first + row;
       const C* x[count.value];
       gather(x, all.x, all.x_stride, all.token + r);
-      const int64_t next = row + 2 * count.value < rows.count ? row + 2 * count.value : rows.count;
-      prefetch_rows(all.x, all.x_stride, all.token + rows.first, row + count.value, next, all.dim);
       for (int64_t b = block; b < last; b++) {
         Tile<count.value, C> tile = {};
         multiply(tile, x, 1, packed + (b - block) * panel, kTileColumns<C>, all.dim);

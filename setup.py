@@ -1,7 +1,7 @@
 """Builds csrc/ where torch is already installed and a compiler is found; everything else stands in pyproject.toml.
 
-The kernels use torch's stable ABI: no torch headers beyond the stable ones (seconds to compile), one build for every
-Python, and for every torch from the version below on. A build that fails leaves a working package in plain PyTorch.
+The kernels use torch's stable ABI: no torch headers beyond the stable ones, one build for every Python, and for every
+torch from the version below on. A build that fails leaves a working package in plain PyTorch.
 """
 
 import os

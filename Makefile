@@ -31,7 +31,7 @@ demo: install  ## raw MovieLens logs → trained recommender → runs/demo/repor
 test: install  ## every test, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
-sanitize: install  ## the kernels' tests under AddressSanitizer and UBSan; builds the kernels once more, some ten minutes
+sanitize: install  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer; builds them twice more, some five minutes
 	$(BIN)/python -m pytest csrc/tests
 
 lint: install  ## ruff and mypy

@@ -31,6 +31,10 @@ SANITIZERS = os.environ.get("GENREC_SANITIZERS")  # such as address,undefined: s
 if SANITIZERS:  # without the checks that multiply the code of unrolled loops; address sees what they would see
     FLAGS += ["-O1", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize=null,object-size,pointer-overflow,vptr"]
     FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    FLAGS += ["-fno-wrapv"]  # Python's own flags may define what overflows, and nothing would be found
+SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+if SANITIZERS == "thread":  # which cannot follow the threads that torch starts
+    SOURCES.append("csrc/tests/threads.cpp")
 
 
 def flags_for(source: str) -> list[str]:
@@ -78,7 +82,7 @@ setup(
     ext_modules=[
         Extension(
             "genrec._C",
-            sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+            sources=SOURCES,
             depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
             language="c++",
             py_limited_api=True,

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from op_contract import DEVICE, FORWARD, assert_measured, error_of, permuted, rounding, run, strided
+from op_contract import DEVICE, FORWARD, assert_measured, difference, permuted, root_mean_square, rounding, run, strided
 from test_relu_attention import dense, loop, offsets, packed, varlen
 
 from genrec.kernels import relu_attention
@@ -216,8 +216,8 @@ def assert_parts(call, plain, tensors, dtype, one_program_for_all_parts):
     """The right output; and the same bits whether one program adds the parts or a second kernel."""
     inputs = [x.to(dtype) for x in tensors]
     split, truth = call(*inputs), plain(*(x.double() for x in inputs))
-    allowed = FORWARD * max(error_of(plain(*inputs), truth), rounding(truth, dtype))
-    assert error_of(split, truth) <= allowed
+    error, plain_error = (root_mean_square(difference(y, truth)) for y in (split, plain(*inputs)))
+    assert error <= FORWARD * max(plain_error, rounding(root_mean_square(truth), dtype))
     one_program_for_all_parts()
     assert torch.equal(split, call(*inputs))
 

@@ -5,13 +5,14 @@ pytest bench --race          the speeds, and bench/results/<machine>.csv with --
 """
 
 import csv
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.race import Result, copy_rate, matmul_rate
+from bench.race import Result, copy_rate, keep_freed_memory, matmul_rate
 from bench.race import race as run_race
 
 RESULTS: list[Result] = []
@@ -25,8 +26,10 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads(request):
+def machine(request):
     torch.set_num_threads(request.config.getoption("--threads"))
+    if sys.platform == "linux":
+        keep_freed_memory()
 
 
 @pytest.fixture

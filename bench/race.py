@@ -6,6 +6,7 @@ median of their rounds is compared.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import statistics
 import time
@@ -106,6 +107,15 @@ def _calls_per_round(function: Function) -> int:
 def _finish() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free. It would map tensors of 32 MB and more anew for every call, and then
+    the page faults take longer than a norm, whoever computes it."""
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 @functools.cache

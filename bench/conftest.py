@@ -41,23 +41,29 @@ def randn():
 @pytest.fixture
 def race(request):
     """race(case, contenders, flops=, bytes=, goal=): "genrec" and its peers, functions without arguments that return
-    the same tensors, or tensors whose `measure` is the same; `within` has contexts for some of them."""
+    the same tensors, or tensors whose `measure` is the same; tolerance=None for contenders that compute something
+    else. `within` has contexts for some of them."""
 
     def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None, measure=None):
         results = {}
         for name, function in contenders.items():
             with (within or {}).get(name, nullcontext)():
                 results[name] = measure(function()) if measure else function()
-        expected = _tensors(next(result for name, result in results.items() if name != "genrec"))
-        for name, result in results.items():
-            for ours, theirs in zip(_tensors(result), expected, strict=True):
-                assert torch.isfinite(ours).all(), name
-                assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
+        if tolerance is not None:
+            _assert_equal(results, tolerance)
         if request.config.getoption("--race"):
             medians, spread = run_race(contenders, request.config.getoption("--seconds"), within or {})
             RESULTS.append(Result(case, medians, spread, flops, bytes, goal))
 
     return run
+
+
+def _assert_equal(results, tolerance):
+    expected = _tensors(next(result for name, result in results.items() if name != "genrec"))
+    for name, result in results.items():
+        for ours, theirs in zip(_tensors(result), expected, strict=True):
+            assert torch.isfinite(ours).all(), name
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
 
 def _tensors(result) -> list[torch.Tensor]:

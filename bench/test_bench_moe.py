@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.race import passes
-from genrec.kernels import moe_experts, moe_ffn, moe_route
+from genrec.kernels import moe_experts, moe_route
 from genrec.kernels.moe import reference
 
 EXPERTS, TOP_K = 16, 4
@@ -78,14 +78,3 @@ def test_route(race, randn, tokens):
 
     contenders = {"genrec": lambda: moe_route(logits, TOP_K), "eager": plain, "compiled": torch.compile(plain)}
     race(f"route {tokens} tokens", contenders)
-
-
-def test_smallest_call(race, randn):
-    """What a call costs where nothing is to be computed, beside one linear layer of ATen; the tolerance compares
-    nothing."""
-    x, router, gate_up, down = randn(1, 8), randn(EXPERTS, 8), randn(EXPERTS, 16, 8), randn(EXPERTS, 8, 8)
-    contenders = {
-        "genrec": lambda: moe_ffn(x, router, gate_up, down, TOP_K),
-        "one linear layer": lambda: F.linear(x, router[:8]),
-    }
-    race("smallest call of moe_ffn", contenders, tolerance=float("inf"))

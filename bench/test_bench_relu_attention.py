@@ -42,14 +42,14 @@ def test_dense(race, randn, b, length, d, causal, backward):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_softmax_of_the_same_flops(race, randn, causal):
-    """Not a peer, for it computes something else: the tolerance compares nothing."""
+    """Not a peer, for it computes something else."""
     q, k, v = (randn(2, 4, 1024, 64) for _ in range(3))
     calls = {
         "genrec": lambda: relu_attention(q, k, v, causal=causal),
         "sdpa (softmax)": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
     }
     pairs = 8 * (1024 * 1025 // 2 if causal else 1024**2)
-    race(f"softmax attention B2 H4 L1024 D64{' causal' * causal}", calls, flops=256 * pairs, tolerance=float("inf"))
+    race(f"softmax attention B2 H4 L1024 D64{' causal' * causal}", calls, flops=256 * pairs, tolerance=None)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])

@@ -28,8 +28,9 @@ install: $(VENV)/.installed  ## .venv with torch, the compiled kernels, genrec a
 demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about four minutes
 	BIN=$(BIN) RUN=$(RUN) sh examples/movielens.sh
 
-test: install  ## every test, with coverage
+test: install  ## every test, with coverage, and every benchmark once
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest bench
 
 sanitize: install  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer; builds them twice more, some five minutes
 	$(BIN)/python -m pytest csrc/tests
@@ -39,8 +40,8 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the operators against plain PyTorch
-	$(BIN)/python -m pytest bench --race
+bench: install  ## the operators against the strongest peers there are, some ten minutes
+	$(BIN)/python -m pytest bench --benchmark
 
 kernels-check: install  ## every Triton kernel compiled for six GPU architectures; every operator against float64
 	$(BIN)/python -m genrec.kernels.compilation

@@ -1,7 +1,11 @@
 """A speed is reported only where the result is right: every case checks its contenders against each other first.
 
-pytest bench                 every case once, as a test
-pytest bench --race          the speeds, and bench/results/<machine>.csv with --csv
+pytest bench                 small cases once, as tests: "smoke"
+pytest bench --benchmark     the speeds
+    --bench-op NAME          of one operator, or "model" or "overhead": test_bench_<NAME>.py
+    --bench-size SIZE        smoke, default or full
+    --bench-device DEVICE    cpu, or cuda where there is one
+    --bench-threads N, --bench-seconds S, --bench-csv FILE
 """
 
 import csv
@@ -16,25 +20,65 @@ from bench.race import Result, copy_rate, keep_freed_memory, matmul_rate
 from bench.race import race as run_race
 
 RESULTS: list[Result] = []
+SIZES = ["smoke", "default", "full"]
+OPERATORS = sorted(path.stem.removeprefix("test_bench_") for path in Path(__file__).parent.glob("test_bench_*.py"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--race", action="store_true", help="measure; without it every case runs once, as a test")
-    parser.addoption("--threads", type=int, default=2, help="threads of torch while measuring")
-    parser.addoption("--seconds", type=float, default=1.5, help="for each contender of each case")
-    parser.addoption("--csv", type=Path, help="also write the table to this file")
+    group = parser.getgroup("genrec")
+    group.addoption("--benchmark", action="store_true", help="measure; without it every case runs once, as a test")
+    group.addoption("--bench-op", choices=OPERATORS, action="append", help="only these; may be repeated")
+    group.addoption("--bench-size", choices=SIZES, help="smoke is for tests; default takes some ten minutes")
+    group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
+    group.addoption("--bench-threads", type=int, default=2, help="threads of torch on the CPU")
+    group.addoption("--bench-seconds", type=float, default=0.6, help="for each contender of each case")
+    group.addoption("--bench-csv", type=Path, help="also write the table to this file")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "size(name): the smallest --bench-size that runs this case")
+
+
+def size_of(config):
+    return config.getoption("--bench-size") or ("default" if config.getoption("--benchmark") else "smoke")
+
+
+def pytest_collection_modifyitems(config, items):
+    largest, operators = SIZES.index(size_of(config)), config.getoption("--bench-op") or OPERATORS
+    left_out = []
+    for item in items:
+        marks = [SIZES.index(mark.args[0]) for mark in item.iter_markers("size")]
+        wanted = item.path.stem.removeprefix("test_bench_") in operators
+        if not wanted or max(marks, default=0) > largest:
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(request):
-    torch.set_num_threads(request.config.getoption("--threads"))
+    device = request.config.getoption("--bench-device")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--bench-device cuda: torch finds no CUDA device; expected one", returncode=2)
+    torch.set_default_device(device)
+    torch.set_num_threads(request.config.getoption("--bench-threads"))
     if sys.platform == "linux":
         keep_freed_memory()
 
 
 @pytest.fixture
+def compiled(request):
+    """compiled(name, function): the function compiled, as a contender; none in smoke tests, where it takes minutes."""
+
+    def contender(name, function):
+        return {} if size_of(request.config) == "smoke" else {name: torch.compile(function, dynamic=False)}
+
+    return contender
+
+
+@pytest.fixture
 def randn():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
@@ -51,8 +95,8 @@ def race(request):
                 results[name] = measure(function()) if measure else function()
         if tolerance is not None:
             _assert_equal(results, tolerance)
-        if request.config.getoption("--race"):
-            medians, spread = run_race(contenders, request.config.getoption("--seconds"), within or {})
+        if request.config.getoption("--benchmark"):
+            medians, spread = run_race(contenders, request.config.getoption("--bench-seconds"), within or {})
             RESULTS.append(Result(case, medians, spread, flops, bytes, goal))
 
     return run
@@ -82,7 +126,7 @@ def pytest_terminal_summary(terminalreporter, config):
         goal = f"{r.goal:.1f}×" if r.goal else ""
         share = f"{r.share:.0%}" if r.flops or r.bytes else ""
         write(f"{r.case:64} {_time(r.ours):>9} {peer:>24} {r.ratio:6.2f}× {goal:>5} {share:>6}")
-    if path := config.getoption("--csv"):
+    if path := config.getoption("--bench-csv"):
         _write_csv(path)
 
 

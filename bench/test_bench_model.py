@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.sizes import sizes
 from genrec.generation.recommender import Recommender, RecommenderConfig
 from genrec.kernels.library import PLAIN, native_operators
 from genrec.training.batches import TrainingSet, all_positions
@@ -60,8 +61,8 @@ def test_training_step(race, model, histories):
     race(f"training step, {len(tokens.token_ids)} events", {"genrec": step, "plain": step}, within=PLAINLY)
 
 
-@pytest.mark.parametrize("users", [1, 32])
-@pytest.mark.parametrize("beams", [10, 50, 128])
+@pytest.mark.parametrize("users", sizes([1], [32]))
+@pytest.mark.parametrize("beams", sizes([10], [50, 128]))
 def test_generation(race, model, histories, users, beams):
     recommender = Recommender(model, RecommenderConfig(beams=beams))
     requests = small.sequences(small.random_users(users, ITEMS, 120, seed=1, least=20))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.race import passes
+from bench.sizes import sizes
 from genrec.kernels import moe_experts, moe_route
 from genrec.kernels.moe import reference
 
@@ -44,18 +45,22 @@ def grouped_product(x, weights, w_gate_up, w_down, indices):
     return weighted_sum(weights, torch._grouped_mm(F.silu(gate) * up, w_down.mT, offs=offsets), order)
 
 
-SHAPES = [(1, 256, 512), (32, 64, 128), (32, 256, 512), (2048, 64, 128), (2048, 256, 512), (8192, 256, 512)]
+SHAPES = sizes(
+    [(32, 64, 128)],
+    [(1, 256, 512), (32, 256, 512), (2048, 64, 128), (2048, 256, 512), (8192, 256, 512)],
+    [(2048, 512, 1024), (2048, 1024, 2048)],
+)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
 @pytest.mark.parametrize(("tokens", "d", "f"), SHAPES)
-def test_experts(race, randn, tokens, d, f, backward):
+def test_experts(race, compiled, randn, tokens, d, f, backward):
     weights, indices = reference.moe_route(randn(tokens, EXPERTS), TOP_K)
     inputs = [randn(tokens, d), weights, randn(EXPERTS, 2 * f, d) / d**0.5, randn(EXPERTS, d, f) / f**0.5]
     plain = {
         "definition": lambda x, weights, up, down, ids: reference.moe_experts(x, weights, ids, up, down),
         "sorted loop": sorted_loop,
-        "sorted loop, compiled": torch.compile(sorted_loop, dynamic=False),
+        **compiled("sorted loop, compiled", sorted_loop),
         "grouped product": grouped_product,
     }
     forms = {"genrec": lambda x, weights, up, down: moe_experts(x, weights, indices, up, down)}
@@ -68,13 +73,13 @@ def test_experts(race, randn, tokens, d, f, backward):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 8192])
-def test_route(race, randn, tokens):
+@pytest.mark.parametrize("tokens", sizes([32], [1, 8192]))
+def test_route(race, compiled, randn, tokens):
     logits = randn(tokens, EXPERTS)
 
     def plain():
         kept, indices = logits.softmax(1).topk(TOP_K)
         return kept / kept.sum(1, keepdim=True), indices.int()
 
-    contenders = {"genrec": lambda: moe_route(logits, TOP_K), "eager": plain, "compiled": torch.compile(plain)}
+    contenders = {"genrec": lambda: moe_route(logits, TOP_K), "eager": plain, **compiled("compiled", plain)}
     race(f"route {tokens} tokens", contenders)

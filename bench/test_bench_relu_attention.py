@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.race import passes
+from bench.sizes import sizes
 from genrec.kernels import relu_attention, relu_attention_varlen
 
 
@@ -18,8 +19,11 @@ def plain(q, k, v, bias):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(("b", "length", "d"), [(8, 256, 64), (2, 1024, 64), (1, 2048, 128)])
-def test_dense(race, randn, b, length, d, causal, backward):
+@pytest.mark.parametrize(
+    ("b", "length", "d"),
+    sizes([(2, 64, 32)], [(8, 256, 64), (2, 1024, 64), (1, 2048, 128)], [(32, 256, 128), (1, 4096, 128)]),
+)
+def test_dense(race, compiled, randn, b, length, d, causal, backward):
     heads, inputs = 4, [randn(b, 4, length, d) for _ in range(3)]
     hidden = torch.full((length, length), -torch.inf).triu(1) if causal else torch.zeros(length, length)
 
@@ -30,7 +34,7 @@ def test_dense(race, randn, b, length, d, causal, backward):
     contenders = {
         "genrec": lambda q, k, v: relu_attention(q, k, v, causal=causal),
         "eager": definition,
-        "compiled": torch.compile(definition),
+        **compiled("compiled", definition),
     }
     calls = passes(contenders, inputs, backward)
     pairs = b * heads * (length * (length + 1) // 2 if causal else length * length)
@@ -40,6 +44,7 @@ def test_dense(race, randn, b, length, d, causal, backward):
     )  # fmt: skip
 
 
+@pytest.mark.size("default")
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_softmax_of_the_same_flops(race, randn, causal):
     """Not a peer, for it computes something else."""
@@ -54,10 +59,10 @@ def test_softmax_of_the_same_flops(race, randn, causal):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
 @pytest.mark.parametrize("limited", [False, True], ids=["causal", "key_limit"])
-@pytest.mark.parametrize(("batch", "longest"), [(128, 50), (16, 512)])
-def test_packed_histories(race, randn, batch, longest, limited, backward):
+@pytest.mark.parametrize(("batch", "longest"), sizes([(8, 30)], [(128, 50), (16, 512)], [(512, 50), (16, 2048)]))
+def test_packed_histories(race, compiled, randn, batch, longest, limited, backward):
     """Histories of 1 … longest events and a learned bias by distance, as in training; peers pad them to the longest."""
-    heads, d, generator = 4, 32, torch.Generator().manual_seed(0)
+    heads, d, generator = 4, 32, torch.Generator(torch.get_default_device()).manual_seed(0)
     lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
     cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     inputs = [*(randn(int(cu[-1]), heads, d) for _ in range(3)), randn(heads, 64)]
@@ -77,15 +82,15 @@ def test_packed_histories(race, randn, batch, longest, limited, backward):
     def genrec(q, k, v, bias):
         return relu_attention_varlen(q, k, v, cu, cu, longest, longest, rel_bias=bias, **options)
 
-    contenders = {"genrec": genrec, "padded": padded, "padded, compiled": torch.compile(padded)}
+    contenders = {"genrec": genrec, "padded": padded, **compiled("padded, compiled", padded)}
     calls = passes(contenders, inputs, backward)
     pairs = heads * int((lengths * (lengths + 1) // 2).sum())
     name = f"{batch} histories of up to {longest} H4 D32, bias, {'key_limit' if limited else 'causal'}"
     race(name + " with backward" * backward, calls, flops=(14 if backward else 4) * d * pairs, goal=3.0)
 
 
-@pytest.mark.parametrize("keys", [50, 1000])
-def test_decoding(race, randn, keys):
+@pytest.mark.parametrize("keys", sizes([50], [1000]))
+def test_decoding(race, compiled, randn, keys):
     """30 beams of 8 requests, one step: the beams of a request are rows that share its keys."""
     q, k, v = randn(8, 4, 30, 32), randn(8, 4, keys, 32), randn(8, 4, keys, 32)
     hidden = torch.zeros(30, keys)
@@ -93,5 +98,5 @@ def test_decoding(race, randn, keys):
     def definition():
         return plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))
 
-    calls = {"genrec": lambda: relu_attention(q, k, v), "eager": definition, "compiled": torch.compile(definition)}
+    calls = {"genrec": lambda: relu_attention(q, k, v), "eager": definition, **compiled("compiled", definition)}
     race(f"8 requests, 30 beams, {keys} keys H4 D32", calls, flops=4 * 32 * 8 * 4 * 30 * keys, goal=2.0)

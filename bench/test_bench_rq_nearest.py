@@ -7,6 +7,7 @@ FLOPs are those of the inner products, 2 · N · K · D for each level.
 import pytest
 import torch
 
+from bench.sizes import sizes
 from genrec.kernels import rq_nearest
 
 DIM = 256
@@ -64,11 +65,11 @@ def distance(x, quantized):
     return (x.double() - quantized.double()).square().sum(1)
 
 
-@pytest.mark.parametrize("n", [1, 64, 2048])
-@pytest.mark.parametrize("k", [1024, 4096, 16384])
-def test_nearest(race, randn, n, k):
+@pytest.mark.parametrize("n", sizes([64], [1, 2048], [131072]))
+@pytest.mark.parametrize("k", sizes([1024], [4096, 16384]))
+def test_nearest(race, compiled, randn, n, k):
     x, codebook = randn(n, DIM), randn(k, DIM)
-    searches = SEARCHES | libraries() | {"addmm, compiled": torch.compile(addmm_argmin, dynamic=False)}
+    searches = SEARCHES | libraries() | compiled("addmm, compiled", addmm_argmin)
     contenders = {"genrec": lambda: rq_nearest(x, [codebook])[0][:, 0]}
     contenders |= {name: (lambda search=search: search(x, codebook)) for name, search in searches.items()}
     race(
@@ -77,15 +78,15 @@ def test_nearest(race, randn, n, k):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [64, 2048])
-@pytest.mark.parametrize("sizes", [(256, 256, 256), (1024, 4096, 16384)], ids=str)
-def test_residual(race, randn, n, sizes):
-    x, codebooks = randn(n, DIM), [randn(k, DIM) / (level + 1) for level, k in enumerate(sizes)]
+@pytest.mark.parametrize("n", sizes([64], [2048]))
+@pytest.mark.parametrize("levels", sizes([[256, 256, 256]], [[1024, 4096, 16384]]), ids=str)
+def test_residual(race, compiled, randn, n, levels):
+    x, codebooks = randn(n, DIM), [randn(k, DIM) / (level + 1) for level, k in enumerate(levels)]
     contenders = {"genrec": lambda: rq_nearest(x, codebooks)}
     forms = {name: residual(search) for name, search in (SEARCHES | libraries()).items()}
-    forms["addmm, compiled"] = torch.compile(residual(addmm_argmin), dynamic=False)
+    forms |= compiled("addmm, compiled", residual(addmm_argmin))
     contenders |= {name: (lambda form=form: form(x, codebooks)) for name, form in forms.items()}
     race(
-        f"residual codes of {sizes}, {n}×{DIM}", contenders, flops=2 * n * sum(sizes) * DIM, goal=2.0,
+        f"residual codes of {levels}, {n}×{DIM}", contenders, flops=2 * n * sum(levels) * DIM, goal=2.0,
         measure=lambda result: distance(x, result[1]),
     )  # fmt: skip

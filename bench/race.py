@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,23 @@ ROUND = 0.02  # seconds that a contender runs at a time, at least one call
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds per call, and the work that one call does."""
+    """Seconds per call in every round of every contender, and the work that one call does."""
 
     case: str
-    seconds: dict[str, float]
-    spread: dict[str, float]  # interquartile range over median
+    rounds: dict[str, list[float]]
     flops: float
     bytes: float
     goal: float | None
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """The median of each."""
+        return {name: statistics.median(rounds) for name, rounds in self.rounds.items()}
+
+    def spread(self, name: str) -> float:
+        """Interquartile range over median."""
+        low, _, high = statistics.quantiles(self.rounds[name], n=4)
+        return (high - low) / self.seconds[name]
 
     @property
     def ours(self) -> float:
@@ -71,37 +81,45 @@ def passes(
 
 
 def race(
-    contenders: dict[str, Function], seconds: float, within: dict[str, Callable[[], AbstractContextManager[None]]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds per call of every contender, and their spread; about `seconds` for each. The rounds of a contender
-    named in `within` run in that context."""
+    benchmark: Any,
+    contenders: dict[str, Function],
+    seconds: float,
+    within: dict[str, Callable[[], AbstractContextManager[None]]],
+) -> dict[str, list[float]]:
+    """Seconds per call in every round of every contender, about `seconds` for each. pytest-benchmark's `benchmark`
+    times "genrec", and before each of its rounds every peer has one. Contenders in `within` run in that context."""
     entered = {name: within.get(name, nullcontext) for name in contenders}
-    calls = {}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    calls, total = {}, 0.0
     for name, function in contenders.items():
         with entered[name]():
-            calls[name] = _calls_per_round(function)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds * len(contenders)
-    while time.perf_counter() < end or len(times["genrec"]) < 5:
-        for name, function in contenders.items():
-            with entered[name]():
-                start = time.perf_counter()
-                for _ in range(calls[name]):
-                    function()
-                _finish()
-                times[name].append((time.perf_counter() - start) / calls[name])
-    medians = {name: statistics.median(rounds) for name, rounds in times.items()}
-    quartiles = {name: statistics.quantiles(rounds, n=4) for name, rounds in times.items()}
-    return medians, {name: (q[2] - q[0]) / medians[name] for name, q in quartiles.items()}
+            function()
+            once = _seconds(function, 1)
+        calls[name] = max(1, round(ROUND / once))
+        total += calls[name] * once
+
+    def round_of(name: str) -> float:
+        with entered[name]():
+            return _seconds(contenders[name], calls[name]) / calls[name]
+
+    def peers() -> None:
+        for name in contenders:
+            if name != "genrec":
+                times[name].append(round_of(name))
+
+    rounds = max(5, round(seconds * len(contenders) / total))
+    benchmark.extra_info["calls_per_round"] = calls["genrec"]
+    benchmark.pedantic(round_of, ("genrec",), setup=peers, rounds=rounds)
+    times["genrec"] = [t / calls["genrec"] for t in benchmark.stats.stats.data]
+    return times
 
 
-def _calls_per_round(function: Function) -> int:
-    function()
-    _finish()
+def _seconds(function: Function, calls: int) -> float:
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     _finish()
-    return max(1, round(ROUND / (time.perf_counter() - start)))
+    return time.perf_counter() - start
 
 
 def _finish() -> None:

@@ -7,6 +7,7 @@ from op_contract import DEVICE, assert_compiles, assert_measured, assert_same, p
 
 from genrec.kernels import group_layer_norm
 from genrec.kernels.group_layer_norm import reference
+from genrec.kernels.library import PLAIN
 
 
 def inputs(shape=(3, 5), d=8, groups=3, dtype=torch.float64):
@@ -151,6 +152,8 @@ def test_unknown_group():
                 group_layer_norm(x, ids, weight, bias)
             with pytest.raises((IndexError, RuntimeError), match=sentence):
                 torch.compile(group_layer_norm, backend="eager", fullgraph=True)(x, ids, weight, bias)
+            with pytest.raises(IndexError, match=sentence):  # where csrc/ was not built
+                PLAIN["group_layer_norm"](x, ids, weight, bias, 1e-5)
         else:  # a GPU is not asked for values
             y = group_layer_norm(x, ids, weight, bias)
             assert y[1, 2].isnan().all()

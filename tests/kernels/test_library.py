@@ -26,6 +26,33 @@ def test_every_operator_is_registered_for_every_device():
             ), f"{name} has no kernel for {key}"
 
 
+def test_public_functions_take_the_short_way_only_where_nothing_else_has_to_see_the_call(monkeypatch):
+    """Eager calls go to the operator's gradient; autocast, torch.compile and torch.func go by the dispatcher."""
+    taken = []
+    monkeypatch.setitem(library.DIFFERENTIABLE, "moe_route", lambda *arguments: taken.append("moe_route"))
+    route = library.entry("moe_route")
+    logits = torch.randn(3, 4, device=DEVICE)
+    assert route(logits, 2, None, True) is None
+    assert taken == ["moe_route"]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert len(route(logits, 2, None, True)) == 2
+    assert len(torch.compile(route, backend="eager", fullgraph=True)(logits, 2, None, True)) == 2
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: route(x, 2, None, True)[0].sum())(logits)
+    assert taken == ["moe_route"]
+
+
+@pytest.mark.parametrize("name", ["moe_route", "rq_nearest"])
+def test_torch_func_is_refused_rather_than_wrong(name):
+    x, codebook = torch.randn(3, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+    calls = {
+        "moe_route": lambda t: kernels.moe_route(t, 2)[0].sum(),
+        "rq_nearest": lambda t: kernels.rq_nearest(x, [t])[1].sum(),
+    }
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(calls[name])(codebook)
+
+
 def test_native_operators_are_those_of_the_compiled_library():
     loaded = kernels.NATIVE_ERROR is None
     assert ("rq_nearest" in kernels.native_operators("cpu")) == loaded

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.peers import ABSENT
 from bench.race import Result, copy_rate, keep_freed_memory, matmul_rate
 from bench.race import race as run_race
 
@@ -134,6 +135,8 @@ def pytest_terminal_summary(terminalreporter, config):
         goal = f"{r.goal:.1f}×" if r.goal else ""
         share = f"{r.share:.0%}" if r.flops or r.bytes else ""
         write(f"{r.case:64} {_time(r.ours):>9} {peer:>24} {r.ratio:6.2f}× {goal:>5} {share:>6}")
+    if ABSENT:
+        write(f"absent, not installed: {', '.join(sorted(ABSENT))}")
     if path := config.getoption("--bench-csv"):
         _write_csv(path)
 

@@ -6,25 +6,13 @@ Bytes are those of x, y and the residual, forward; of the gradients too, backwar
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from bench.peers.group_layer_norm import gathered, group_by_group
 from bench.race import passes
 from bench.sizes import sizes
 from genrec.kernels import group_layer_norm
 
 GROUPS = 4
-
-
-def gathered(x, weight, bias, ids):
-    return F.layer_norm(x, x.shape[-1:]) * weight[ids] + bias[ids]
-
-
-def group_by_group(x, weight, bias, ids):
-    y = torch.zeros_like(x)
-    for g in range(GROUPS):
-        rows = (ids == g).nonzero().squeeze(1)
-        y = y.index_copy(0, rows, F.layer_norm(x.index_select(0, rows), x.shape[-1:], weight[g], bias[g]))
-    return y
 
 
 @pytest.fixture

@@ -6,43 +6,14 @@ the weights of the experts they visit, which are the bytes.
 """
 
 import pytest
-import torch
-import torch.nn.functional as F
 
+from bench.peers import moe as peers
 from bench.race import passes
 from bench.sizes import sizes
 from genrec.kernels import moe_experts, moe_route
 from genrec.kernels.moe import reference
 
 EXPERTS, TOP_K = 16, 4
-
-
-def by_expert(indices):
-    """The order of the (token, slot) pairs by expert, their tokens, and how many every expert has."""
-    order = indices.flatten().argsort(stable=True)
-    return order, order // indices.shape[1], torch.bincount(indices.flatten(), minlength=EXPERTS)
-
-
-def weighted_sum(weights, out, order):
-    position = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
-    return torch.bmm(weights[:, None], out.index_select(0, position).view(*weights.shape, -1))[:, 0]
-
-
-def sorted_loop(x, weights, w_gate_up, w_down, indices):
-    order, token, counts = by_expert(indices)
-    rows, out = x.index_select(0, token).split(counts.tolist()), []
-    for row, gate_up, down in zip(rows, w_gate_up.unbind(), w_down.unbind(), strict=True):
-        if len(row):
-            gate, up = (row @ gate_up.T).chunk(2, 1)
-            out.append((F.silu(gate) * up) @ down.T)
-    return weighted_sum(weights, torch.cat(out), order)
-
-
-def grouped_product(x, weights, w_gate_up, w_down, indices):
-    order, token, counts = by_expert(indices)
-    offsets = counts.cumsum(0).int()
-    gate, up = torch._grouped_mm(x.index_select(0, token), w_gate_up.mT, offs=offsets).chunk(2, 1)
-    return weighted_sum(weights, torch._grouped_mm(F.silu(gate) * up, w_down.mT, offs=offsets), order)
 
 
 SHAPES = sizes(
@@ -59,9 +30,9 @@ def test_experts(race, compiled, randn, tokens, d, f, backward):
     inputs = [randn(tokens, d), weights, randn(EXPERTS, 2 * f, d) / d**0.5, randn(EXPERTS, d, f) / f**0.5]
     plain = {
         "definition": lambda x, weights, up, down, ids: reference.moe_experts(x, weights, ids, up, down),
-        "sorted loop": sorted_loop,
-        **compiled("sorted loop, compiled", sorted_loop),
-        "grouped product": grouped_product,
+        "sorted loop": peers.sorted_loop,
+        **compiled("sorted loop, compiled", peers.sorted_loop),
+        "grouped product": peers.grouped_product,
     }
     forms = {"genrec": lambda x, weights, up, down: moe_experts(x, weights, indices, up, down)}
     forms |= {name: (lambda *leaves, form=form: form(*leaves, indices)) for name, form in plain.items()}
@@ -78,8 +49,7 @@ def test_route(race, compiled, randn, tokens):
     logits = randn(tokens, EXPERTS)
 
     def plain():
-        kept, indices = logits.softmax(1).topk(TOP_K)
-        return kept / kept.sum(1, keepdim=True), indices.int()
+        return peers.route(logits, TOP_K)
 
     contenders = {"genrec": lambda: moe_route(logits, TOP_K), "eager": plain, **compiled("compiled", plain)}
     race(f"route {tokens} tokens", contenders)

@@ -7,14 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.peers import relu_attention as peers
 from bench.race import passes
 from bench.sizes import sizes
 from genrec.kernels import relu_attention, relu_attention_varlen
-
-
-def plain(q, k, v, bias):
-    """bias: (…, Lq, Lk), -inf where a key is hidden."""
-    return torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.transpose(1, 2)).relu() @ v / k.shape[1]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
@@ -28,7 +24,7 @@ def test_dense(race, compiled, randn, b, length, d, causal, backward):
     hidden = torch.full((length, length), -torch.inf).triu(1) if causal else torch.zeros(length, length)
 
     def definition(q, k, v):
-        out = plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden)
+        out = peers.plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden)
         return out.unflatten(0, (b, heads))
 
     contenders = {
@@ -68,16 +64,7 @@ def test_packed_histories(race, compiled, randn, batch, longest, limited, backwa
     inputs = [*(randn(int(cu[-1]), heads, d) for _ in range(3)), randn(heads, 64)]
     position = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lengths)
     options = {"key_limit": position + 1} if limited else {"causal": True}
-    longest = int(lengths.max())
-    grid = torch.arange(longest)
-    distance = (grid[:, None] - grid).clamp(0, 63)
-    hidden = torch.full((longest, longest), -torch.inf).triu(1)
-    real = grid < lengths[:, None]
-
-    def padded(q, k, v, bias):
-        q, k, v = (torch.zeros(batch, longest, heads, d).index_put((real,), x).transpose(1, 2) for x in (q, k, v))
-        scores = q * d**-0.5 @ k.transpose(2, 3) + (bias[:, distance] + hidden)
-        return (scores.relu() @ v / lengths[:, None, None, None]).transpose(1, 2)[real]
+    longest, padded = int(lengths.max()), peers.padded(lengths)
 
     def genrec(q, k, v, bias):
         return relu_attention_varlen(q, k, v, cu, cu, longest, longest, rel_bias=bias, **options)
@@ -96,7 +83,7 @@ def test_decoding(race, compiled, randn, keys):
     hidden = torch.zeros(30, keys)
 
     def definition():
-        return plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))
+        return peers.plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))
 
     calls = {"genrec": lambda: relu_attention(q, k, v), "eager": definition, **compiled("compiled", definition)}
     race(f"8 requests, 30 beams, {keys} keys H4 D32", calls, flops=4 * 32 * 8 * 4 * 30 * keys, goal=2.0)

@@ -58,12 +58,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in set(left_out)]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def machine(request):
     device = request.config.getoption("--bench-device")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.exit("--bench-device cuda: torch finds no CUDA device; expected one", returncode=2)
-    torch.set_default_device(device)
+    if device != "cpu":
+        torch.set_default_device(device)
     torch.set_num_threads(request.config.getoption("--bench-threads"))
     if sys.platform == "linux":
         keep_freed_memory()
@@ -92,6 +93,7 @@ def race(request):
     else. `within` has contexts for some of them."""
 
     def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None, measure=None):
+        torch.set_default_device(None)  # it serves to prepare a case, and would slow every call down
         results = {}
         for name, function in contenders.items():
             with (within or {}).get(name, nullcontext)():

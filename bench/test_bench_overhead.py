@@ -16,6 +16,7 @@ def calls(randn, recorded):
     ids, weight, bias = torch.zeros(TOKENS, dtype=torch.int64), randn(1, DIM), randn(1, DIM)
     gate_up, down, codebook = randn(DIM, 2 * DIM, DIM), randn(DIM, DIM, DIM), randn(DIM, DIM).requires_grad_(recorded)
     weights, indices = moe_route(x.detach(), 2)
+    scale, shift, matrix = weight[0], bias[0], down[0]
 
     def attention():
         return F.scaled_dot_product_attention(heads, heads, heads)
@@ -26,10 +27,10 @@ def calls(randn, recorded):
             lambda: relu_attention_varlen(packed, packed, packed, cu, cu, TOKENS, TOKENS), attention
         ),
         "group_layer_norm": (
-            lambda: group_layer_norm(x, ids, weight, bias), lambda: F.layer_norm(x, (DIM,), weight[0], bias[0])
+            lambda: group_layer_norm(x, ids, weight, bias), lambda: F.layer_norm(x, (DIM,), scale, shift)
         ),
         "moe_route": (lambda: moe_route(x, 2), lambda: x.softmax(1).topk(2)),
-        "moe_experts": (lambda: moe_experts(x, weights, indices, gate_up, down), lambda: F.linear(x, down[0])),
+        "moe_experts": (lambda: moe_experts(x, weights, indices, gate_up, down), lambda: F.linear(x, matrix)),
         "rq_nearest": (lambda: rq_nearest(x.detach(), [codebook]), lambda: torch.cdist(x, codebook)),
     }  # fmt: skip
 

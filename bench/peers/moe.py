@@ -34,7 +34,7 @@ def _by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weighted_sum(weights: Tensor, out: Tensor, order: Tensor) -> Tensor:
-    position = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    position = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
     return torch.bmm(weights[:, None], out.index_select(0, position).view(*weights.shape, -1))[:, 0]
 
 

@@ -38,6 +38,24 @@ def calls(randn, recorded):
 OPERATORS = ["relu_attention", "relu_attention_varlen", "group_layer_norm", "moe_route", "moe_experts", "rq_nearest"]
 
 
+class Empty(torch.autograd.Function):
+    """What no operator with a gradient in Python can be cheaper than."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_autograd_function(race, randn):
+    x = randn(TOKENS, DIM).requires_grad_()
+    race("an empty autograd function", {"genrec": lambda: Empty.apply(x), "ATen": lambda: x.detach()}, tolerance=None)
+
+
 @pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_smallest_call(race, randn, operator, recorded):

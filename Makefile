@@ -40,7 +40,7 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the operators against the strongest peers there are, some ten minutes
+bench: install  ## the operators against the strongest peers there are, some seven minutes
 	$(BIN)/python -m pytest bench --benchmark
 
 kernels-check: install  ## every Triton kernel compiled for six GPU architectures; every operator against float64

@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("genrec")
     group.addoption("--benchmark", action="store_true", help="measure; without it every case runs once, as a test")
     group.addoption("--bench-op", choices=OPERATORS, action="append", help="only these; may be repeated")
-    group.addoption("--bench-size", choices=SIZES, help="smoke is for tests; default takes some ten minutes")
+    group.addoption("--bench-size", choices=SIZES, help="smoke is for tests; default takes some seven minutes")
     group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
     group.addoption("--bench-threads", type=int, default=2, help="threads of torch on the CPU")
     group.addoption("--bench-seconds", type=float, default=0.6, help="for each contender of each case")

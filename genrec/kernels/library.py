@@ -74,9 +74,8 @@ def _register_autograd(
     passes = (forward_spread, backward_spread) if has_lists else (forward, backward)
     methods = dict(zip(("forward", "backward"), map(staticmethod, passes), strict=True))
     function: Any = type(f"Differentiable_{name}", (torch.autograd.Function,), methods)
-    apply = super(
-        torch.autograd.Function, function
-    ).apply  # function.apply asks every argument for torch.func's wrappers
+    # function.apply asks every argument for torch.func's wrappers first, which takes longer than the rest of it
+    apply = super(torch.autograd.Function, function).apply
 
     def kernel(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -93,19 +92,24 @@ def _register_autograd(
     DIFFERENTIABLE[name] = kernel
 
 
-def entry(name: str) -> Callable[..., Any]:
+def entry(name: str, explain: Callable[..., None] | None = None) -> Callable[..., Any]:
     """torch.ops.genrec.<name> for the public functions. In eager mode it calls the operator's gradient itself, which
-    the dispatcher would call with all arguments converted twice more: 15 µs, longer than a small operator takes."""
+    the dispatcher would call with all arguments converted twice more: longer than a small operator takes.
+
+    The kernels look at every index anyway: where one raises RuntimeError, `explain(*arguments)` may name the argument.
+    """
     operator, differentiable = getattr(torch.ops.genrec, name), DIFFERENTIABLE[name]
 
     def call(*arguments: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._is_any_autocast_enabled()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if torch.compiler.is_compiling():
             return operator(*arguments)
-        return differentiable(*arguments)
+        others = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
+        try:
+            return (operator if others else differentiable)(*arguments)
+        except RuntimeError:
+            if explain is not None:
+                explain(*arguments)
+            raise
 
     return call
 

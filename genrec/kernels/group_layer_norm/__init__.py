@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from genrec.kernels.checks import (
@@ -21,8 +20,13 @@ from genrec.kernels.library import entry
 
 __all__ = ["group_layer_norm"]
 
-_group_layer_norm = entry("group_layer_norm")
-_add_group_layer_norm = entry("add_group_layer_norm")
+
+def _check_ids(group_ids: Tensor, weight: Tensor) -> None:
+    check_range("group_ids", group_ids, weight.shape[0], "groups")
+
+
+_group_layer_norm = entry("group_layer_norm", lambda x, ids, weight, *_: _check_ids(ids, weight))
+_add_group_layer_norm = entry("add_group_layer_norm", lambda x, s, ids, weight, *_: _check_ids(ids, weight))
 
 
 @overload
@@ -56,18 +60,6 @@ def group_layer_norm(
     """
     if not _usual(x, group_ids, weight, bias, residual):
         _check(x, group_ids, weight, bias, residual)
-    if torch.compiler.is_compiling():
-        return _norm(x, group_ids, weight, bias, eps, residual)
-    try:
-        return _norm(x, group_ids, weight, bias, eps, residual)
-    except RuntimeError:  # the kernel looks at every id anyway; asking first would cost more than a small norm
-        check_range("group_ids", group_ids, weight.shape[0], "groups")
-        raise
-
-
-def _norm(
-    x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
     if residual is None:
         return _group_layer_norm(x, group_ids, weight, bias, eps)
     return _add_group_layer_norm(x, residual, group_ids, weight, bias, eps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from genrec.kernels.moe import op as op
 __all__ = ["moe_experts", "moe_ffn", "moe_route"]
 
 _moe_route = entry("moe_route")
-_moe_experts = entry("moe_experts")
+_moe_experts = entry("moe_experts", lambda x, weights, ids, w, _: check_range("indices", ids, w.shape[0], "experts"))
 
 
 def moe_route(
@@ -81,13 +80,7 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, 
     """
     if not _usual(x, weights, indices, w_gate_up, w_down):
         _check(x, weights, indices, w_gate_up, w_down)
-    if torch.compiler.is_compiling():
-        return _moe_experts(x, weights, indices, w_gate_up, w_down)
-    try:
-        return _moe_experts(x, weights, indices, w_gate_up, w_down)
-    except RuntimeError:  # the kernel looks at every index anyway; asking first would cost more than small experts
-        check_range("indices", indices, w_gate_up.shape[0], "experts")
-        raise
+    return _moe_experts(x, weights, indices, w_gate_up, w_down)
 
 
 def _usual(x: Tensor, weights: Tensor, indices: Tensor, w_gate_up: Tensor, w_down: Tensor) -> bool:

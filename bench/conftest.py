@@ -72,10 +72,11 @@ def machine(request):
 
 @pytest.fixture
 def compiled(request):
-    """compiled(name, function): the function compiled, as a contender; none in smoke tests, where it takes minutes."""
+    """compiled(name, function): the function compiled for its shape, or for any if `dynamic`, as a contender; none in
+    smoke tests, where it takes minutes."""
 
-    def contender(name, function):
-        return {} if size_of(request.config) == "smoke" else {name: torch.compile(function, dynamic=False)}
+    def contender(name, function, dynamic=False):
+        return {} if size_of(request.config) == "smoke" else {name: torch.compile(function, dynamic=dynamic)}
 
     return contender
 

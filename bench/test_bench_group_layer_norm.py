@@ -32,6 +32,7 @@ def test_norm(race, compiled, randn, group_ids, n, d, backward):
         "genrec": lambda x, weight, bias: group_layer_norm(x, ids, weight, bias),
         "gathered": lambda x, weight, bias: gathered(x, weight, bias, ids),
         **compiled("gathered, compiled", lambda x, weight, bias: gathered(x, weight, bias, ids)),
+        **compiled("gathered, dynamic", lambda x, weight, bias: gathered(x, weight, bias, ids), dynamic=True),
         "group by group": lambda x, weight, bias: group_by_group(x, weight, bias, ids),
     }
     race(
@@ -54,6 +55,7 @@ def test_add_and_norm(race, compiled, randn, group_ids, n, d, backward):
         "genrec": lambda x, branch, weight, bias: group_layer_norm(x, ids, weight, bias, residual=branch),
         "gathered": plain,
         **compiled("gathered, compiled", plain),
+        **compiled("gathered, dynamic", plain, dynamic=True),
     }
     race(
         f"add and group norm {n}×{d}{' with backward' * backward}", passes(forms, inputs, backward),

@@ -16,7 +16,9 @@ BELOW = {  # room → the rooms it may import, itself included
     "generation": {"generation", "models", "data", "kernels", "interfaces"},
     "evaluation": {"evaluation", "generation", "models", "data", "kernels", "interfaces"},
     "training": {"training", "evaluation", "generation", "models", "data", "kernels", "interfaces"},
-    "cli": {"cli", "training", "evaluation", "generation", "models", "data", "kernels", "interfaces"},
+    "profiling": {"profiling", "data", "kernels"},
+    "cli": {"cli", "profiling", "training", "evaluation", "generation", "models", "data", "kernels", "interfaces"},
+    "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,8 +12,7 @@ import os
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
-from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -23,6 +22,7 @@ COMMANDS = {
     "train": "sequences and semantic ids → UGT weights: pretrain, finetune, align",
     "evaluate": "Recall and NDCG of a trained model beside its baselines, and a report to look at",
     "recommend": "what to show next to a user of the log, or after a history you type",
+    "profile": "where the time of training, generation or one operator goes: Nsight reports, traces, tables",
     "doctor": "versions, which kernels are native, what the machine has",
 }
 
@@ -63,12 +63,21 @@ def _run(command: str, argv: list[str]) -> int:
             "PyTorch is not installed; pip install 'torch>=2.11,<2.14', in the build that fits this machine",
             2,
         )
-    module.run(_parse(command, module, argv))
+    config_class = module.Config
+    if kinds := getattr(module, "COMMANDS", None):
+        if argv and argv[0] not in ("-h", "--help"):
+            if argv[0] not in kinds:
+                raise ValueError(f"unknown kind {argv[0]!r}; expected one of {', '.join(kinds)}")
+            command, config_class, argv = f"{command} {argv[0]}", kinds[argv[0]], argv[1:]
+        else:
+            print(f"{module.__doc__}\ngenrec {command} {{{','.join(kinds)}}} --help explains its keys.")
+            return 0 if argv else 2
+    module.run(_parse(command, config_class, str(module.__doc__), argv))
     return 0
 
 
-def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
-    """The module's Config from --config files and --key values, in the order given; unknown keys are refused."""
+def _parse(command: str, config_class: Any, description: str, argv: list[str]) -> Any:
+    """The Config from --config files and --key values, in the order given; unknown keys are refused."""
     from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -78,20 +87,22 @@ def _parse(command: str, module: ModuleType, argv: list[str]) -> Any:
     parser = ArgumentParser(
         prog=f"genrec {command}",
         usage=f"genrec {command} [--config FILE] [--key value ...]",
-        description=module.__doc__,
+        description=description,
         formatter_class=HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these keys; later arguments win")
-    parser.add_class_arguments(module.Config)
+    # jsonargparse would look for the types of inherited fields in the module of the class that inherits them
+    config_class.__init__.__annotations__ = get_type_hints(config_class)
+    parser.add_class_arguments(config_class)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         files = [value for key, value in itertools.pairwise(argv) if key == "--config"]
         where = f"{', '.join(files)}: " if files and "config:" in str(error) else ""  # a file, not a key, is wrong
         raise ValueError(f"{where}{error} (genrec {command} --help lists the keys)") from None
-    return module.Config(**{name: values[name] for name in module.Config.__dataclass_fields__})
+    return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
 
 
 def _fail(where: str, message: str, code: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genrec.generation.trie import Trie
+from genrec.kernels.ranges import span
 from genrec.models.ugt import UGT, Memory
 from genrec.models.ugt.decoder import KeyValue
 
@@ -27,19 +28,20 @@ def beam_search(
     scores = torch.zeros(batch, 1, device=start.device)
     past: list[list[KeyValue]] = [[] for _ in memory.layers]
     x = start.unsqueeze(1)
-    for level in range(trie.levels):
-        hidden, present = model.step(x, level, memory, past)
-        children, codes, alive = trie.expand(level, nodes)
-        logits = model.code_logits(level, hidden).float().gather(-1, codes)
-        steps = logits.masked_fill(~alive, -math.inf).log_softmax(-1)
-        total = (scores.unsqueeze(-1) + steps).masked_fill(~alive, -math.inf).flatten(1)
-        if level == trie.levels - 1:
-            return _best_items(total, trie.items[children].flatten(1), beams, forbidden)
-        scores, best = total.topk(min(beams, total.shape[1]))
-        nodes = children.flatten(1).gather(1, best)
-        x = model.decoder_input(level + 1, codes.flatten(1).gather(1, best))
-        parents = best // trie.max_children[level]
-        past = [_follow(earlier, new, parents) for earlier, new in zip(past, present, strict=True)]
+    with span("beam search", requests=batch, beams=beams):
+        for level in range(trie.levels):
+            hidden, present = model.step(x, level, memory, past)
+            children, codes, alive = trie.expand(level, nodes)
+            logits = model.code_logits(level, hidden).float().gather(-1, codes)
+            steps = logits.masked_fill(~alive, -math.inf).log_softmax(-1)
+            total = (scores.unsqueeze(-1) + steps).masked_fill(~alive, -math.inf).flatten(1)
+            if level == trie.levels - 1:
+                return _best_items(total, trie.items[children].flatten(1), beams, forbidden)
+            scores, best = total.topk(min(beams, total.shape[1]))
+            nodes = children.flatten(1).gather(1, best)
+            x = model.decoder_input(level + 1, codes.flatten(1).gather(1, best))
+            parents = best // trie.max_children[level]
+            past = [_follow(earlier, new, parents) for earlier, new in zip(past, present, strict=True)]
     raise AssertionError("a trie has at least one level")
 
 

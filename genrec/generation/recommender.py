@@ -17,6 +17,7 @@ from genrec.generation.beam_search import beam_search
 from genrec.generation.requests import token_batch
 from genrec.generation.trie import Trie
 from genrec.interfaces import EventSequences, SemanticIds
+from genrec.kernels.ranges import span
 from genrec.models.ugt import UGT
 
 Mode = Literal["mixed", "beam", "items"]
@@ -64,7 +65,8 @@ class Recommender:
         users = users[lengths[users] > 0]
         for begin in range(0, len(users), self.batch_size):
             chosen = users[begin : begin + self.batch_size]
-            beam, item_head = self._opinions(take_users(histories, chosen), top_k)
+            with span("request", users=len(chosen), beams=self.config.beams, top_k=top_k):
+                beam, item_head = self._opinions(take_users(histories, chosen), top_k)
             for alpha, (items, scores) in zip(alphas, results, strict=True):
                 score, best = (beam + self._item_weight(alpha) * item_head).topk(min(top_k, beam.shape[1]))
                 items[chosen, : best.shape[1]] = best.masked_fill(score.isneginf(), 0).cpu().numpy()

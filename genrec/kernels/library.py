@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genrec.kernels.ranges import NOTHING, SINKS, span
+
 LIBRARY = torch.library.Library("genrec", "DEF")
 OPERATORS: list[str] = []  # every public operator, in the order of definition
 PLAIN: dict[str, Callable[..., Any]] = {}  # the plain PyTorch form of every operator, which runs on any device
@@ -65,13 +67,17 @@ def _register_autograd(
             setup_context(ctx, arguments, result)
         return result
 
+    def marked_backward(ctx: Any, *grads: Any) -> Any:
+        with span(f"{name} backward", grad=grads[0]):
+            return backward(ctx, *grads)
+
     def forward_spread(ctx: Any, *spread: Any) -> Any:
         return forward(ctx, *_gather(*spread))
 
     def backward_spread(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return *_spread(backward(ctx, *grads)), None
+        return *_spread(marked_backward(ctx, *grads)), None
 
-    passes = (forward_spread, backward_spread) if has_lists else (forward, backward)
+    passes = (forward_spread, backward_spread) if has_lists else (forward, marked_backward)
     methods = dict(zip(("forward", "backward"), map(staticmethod, passes), strict=True))
     function: Any = type(f"Differentiable_{name}", (torch.autograd.Function,), methods)
     # function.apply asks every argument for torch.func's wrappers first, which takes longer than the rest of it
@@ -99,19 +105,25 @@ def entry(name: str, explain: Callable[..., None] | None = None) -> Callable[...
     The kernels look at every index anyway: where one raises RuntimeError, `explain(*arguments)` may name the argument.
     """
     operator, differentiable = getattr(torch.ops.genrec, name), DIFFERENTIABLE[name]
+    names = [argument.name for argument in operator.default._schema.arguments]
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*arguments)
         others = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
         try:
-            return (operator if others else differentiable)(*arguments)
+            with span(name, **_tensors(names, arguments)) if SINKS else NOTHING:
+                return (operator if others else differentiable)(*arguments)
         except RuntimeError:
             if explain is not None:
                 explain(*arguments)
             raise
 
     return call
+
+
+def _tensors(names: list[str], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    return {key: x for key, x in zip(names, arguments, strict=False) if isinstance(x, Tensor | list)}
 
 
 def _spread(arguments: tuple[Any, ...]) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genrec.data.files import atomic_file
+from genrec.kernels.ranges import span
 from genrec.models.ugt import UGT
 from genrec.training.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from genrec.training.config import OptimizerConfig, TrainConfig
@@ -53,7 +54,8 @@ def run_stage(
     def validate() -> None:
         if validator is None:
             return
-        metrics = validator(model)
+        with span("validation"):
+            metrics = validator(model)
         log.write(stage.name, progress.step, **{f"valid_{name}": value for name, value in metrics.items()})
         metric = metrics[stage.select_by]
         bar.set_postfix_str(f"valid {stage.select_by} {metric:.4f}")
@@ -62,11 +64,11 @@ def run_stage(
             with atomic_file(best_weights) as temporary:
                 save_file(model.state_dict(), temporary)
 
-    with tqdm(total=plan.stop, initial=progress.step, desc=stage.name, unit="step") as bar:
+    with span(stage.name), tqdm(total=plan.stop, initial=progress.step, desc=stage.name, unit="step") as bar:
         if progress.step == 0:
             validate()
         while progress.step < plan.stop:
-            values = _train_step(stage, model, engine, progress.step, plan.total, config.seed)
+            values = train_step(stage, model, engine, progress.step, plan.total, config.seed)
             progress.step += 1
             bar.update()
             if progress.step % config.log_every == 0 or progress.step == plan.stop:
@@ -81,19 +83,23 @@ def run_stage(
     return progress
 
 
-def _train_step(
+def train_step(
     stage: Stage, model: UGT, engine: TorchEngine, step: int, total: int, seed: int
 ) -> dict[str, Tensor | float]:
+    """Step `step` of a schedule laid out for `total`: one batch, its gradients, the optimizer; returns what to log."""
     torch.manual_seed(step_seed(seed, stage.name, step))
     lr = learning_rate(stage.optimizer, step, total)
     model.train()
-    with engine.autocast():
-        loss, values = stage.loss(model, step)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ValueError(f"the loss of {stage.name} is {value} at step {step}; try a lower {stage.name}.optimizer.lr")
-    norm = engine.step(loss, lr)
-    model.balance_router()
+    with span("step", step=step):
+        with span("forward"), engine.autocast():
+            loss, values = stage.loss(model, step)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss of {stage.name} is {value} at step {step}; try a lower {stage.name}.optimizer.lr"
+            )
+        norm = engine.step(loss, lr)
+        model.balance_router()
     return {**values, "lr": lr, "gradient_norm": norm}
 
 

@@ -60,7 +60,7 @@ def build_model(config: TrainConfig) -> UGT:
     torch.manual_seed(config.seed)
     model = UGT(config.model, vocabulary, torch.from_numpy(semantic_ids.codes))
     model.place_items(torch.from_numpy(catalogue.features))
-    return model.to(_device(config.device))
+    return model.to(training_device(config.device))
 
 
 def _finish_stage(
@@ -153,7 +153,8 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _device(name: str) -> str:
+def training_device(name: str) -> str:
+    """cpu or cuda for what `device` may say; ValueError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genrec.kernels import relu_attention
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list
+from genrec.models.ugt.layers import Dropout, GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = ReluAttention(config.d_model, config.heads, config.rel_bias_size)
         self.moe_norm = GroupLayerNorm(config.d_model, levels)
         self.moe = MixtureOfExperts(config.d_model, config.d_expert, config.experts, config.top_k)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def past_and_present(self, hidden: Tensor, past: list[KeyValue]) -> tuple[Tensor, KeyValue]:
         """Self-attention of one new level of every beam, hidden (B, W, D), on the levels before it.

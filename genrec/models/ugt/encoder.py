@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from genrec.interfaces import TokenType
 from genrec.models.ugt.batch import TokenBatch
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import FeedForward, GroupLayerNorm, ReluAttention, module_list
+from genrec.models.ugt.layers import Dropout, FeedForward, GroupLayerNorm, ReluAttention, module_list
 
 
 class EncoderLayer(nn.Module):
@@ -19,7 +19,7 @@ class EncoderLayer(nn.Module):
         self.attention = ReluAttention(config.d_model, config.heads, config.rel_bias_size)
         self.ffn_norm = GroupLayerNorm(config.d_model, len(TokenType))
         self.ffn = FeedForward(config.d_model, config.d_ffn, config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, update: Tensor, residual: Tensor | None, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
         """update (T, D), not yet added to residual (T, D) or None → the same pair one layer on."""

@@ -19,6 +19,26 @@ def module_list(modules: Iterable[M]) -> Sequence[M]:
     return cast(Sequence[M], nn.ModuleList(modules))
 
 
+class Dropout(nn.Module):
+    """nn.Dropout, which on a CPU draws one element after the other on one thread and took a fifth of a training step.
+    Sixteen random bits an element do; four elements share a draw."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.dropped = round(p * 2**16)  # of 2¹⁶ values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape; while training, a share p of it 0 and the rest scaled by 1 / (1 - p)."""
+        if not self.training or self.dropped == 0:
+            return x
+        if x.device.type != "cpu" or self.dropped == 2**16 or torch.compiler.is_compiling():
+            return F.dropout(x, self.p)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - self.dropped))
+
+
 class GroupLayerNorm(nn.Module):
     """Layer norm with one affine per group of tokens, fused with the residual sum before it."""
 
@@ -91,7 +111,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(d_model, d_hidden)
         self.down = nn.Linear(d_hidden, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, D) → (T, D)."""

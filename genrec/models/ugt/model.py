@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.interfaces import TokenType
+from genrec.kernels.ranges import span
 from genrec.models.ugt.batch import TargetBatch, TokenBatch
 from genrec.models.ugt.config import ModelVocabulary, UGTConfig
 from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
 from genrec.models.ugt.encoder import Encoder
-from genrec.models.ugt.layers import module_list
+from genrec.models.ugt.layers import Dropout, module_list
 from genrec.models.ugt.losses import linear_cross_entropy
 
 INITIAL_STD = 0.05  # of every embedding
@@ -43,7 +44,7 @@ class UGT(nn.Module):
         self.decoder = Decoder(config, levels)
         self.code_bias = nn.ParameterList(torch.zeros(size) for size in vocabulary.codebook_sizes)
         self.item_bias = nn.Parameter(torch.zeros(vocabulary.items + 1))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     @torch.no_grad()
     def place_items(self, features: Tensor) -> None:
@@ -70,7 +71,8 @@ class UGT(nn.Module):
         """Event tokens (T,) → states (T, D); item_vectors is what `item_vectors()` returns, computed once per step."""
         x = self._embed_tokens(tokens, item_vectors)
         x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
-        return self.encoder(self.dropout(x), tokens)
+        with span("encoder", x=x, sequences=len(tokens.cu_seqlens) - 1):
+            return self.encoder(self.dropout(x), tokens)
 
     def _embed_tokens(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
         if len(self.token_embeddings) == 0:
@@ -89,7 +91,8 @@ class UGT(nn.Module):
 
     def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
         """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""
-        return linear_cross_entropy(users, item_vectors, self.item_bias, items)
+        with span("item loss", users=users, items=item_vectors):
+            return linear_cross_entropy(users, item_vectors, self.item_bias, items)
 
     def memory(self, encoded: Tensor, tokens: TokenBatch) -> Memory:
         """What the decoder reads of encoded (T, D), once per request."""
@@ -113,11 +116,13 @@ class UGT(nn.Module):
         )
         key_limit = targets.last_tokens + 1 - sequence_starts
         x = self.dropout(torch.stack(rows, 1))
-        return self.decoder(x, self.memory(encoded, tokens), key_limit, targets.cu_seqlens, targets.max_seqlen)
+        with span("decoder", x=x):
+            return self.decoder(x, self.memory(encoded, tokens), key_limit, targets.cu_seqlens, targets.max_seqlen)
 
     def step(self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]) -> tuple[Tensor, list[KeyValue]]:
         """One level of every beam, see Decoder.step."""
-        return self.decoder.step(x, level, memory, past)
+        with span("decoder", x=x, level=level):
+            return self.decoder.step(x, level, memory, past)
 
     def code_logits(self, level: int, hidden: Tensor) -> Tensor:
         """hidden (…, D) of that level → (…, codebook_sizes[level])."""
@@ -126,11 +131,12 @@ class UGT(nn.Module):
     def code_losses(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Negative log-likelihood of the codes of items (M,) under hidden (M, levels, D) → (M, levels) float32."""
         codes = self.codes[items]
-        losses = [
-            F.cross_entropy(self.code_logits(level, hidden[:, level]).float(), codes[:, level], reduction="none")
-            for level in range(self.levels)
-        ]
-        return torch.stack(losses, 1)
+        with span("code losses", hidden=hidden):
+            losses = [
+                F.cross_entropy(self.code_logits(level, hidden[:, level]).float(), codes[:, level], reduction="none")
+                for level in range(self.levels)
+            ]
+            return torch.stack(losses, 1)
 
     def router_load(self) -> list[float]:
         """Share of the last batch's rows that every expert got, averaged over the decoder layers."""

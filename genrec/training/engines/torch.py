@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from genrec.kernels.ranges import span
 from genrec.training.config import OptimizerConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -35,9 +36,11 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        with span("backward"):
+            loss.backward()
+        with span("optimizer"):
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            self.optimizer.step()
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ BELOW = {  # room → the rooms it may import, itself included
     "models": {"models", "kernels", "interfaces"},
     "data": {"data", "interfaces"},
     "generation": {"generation", "models", "data", "kernels", "interfaces"},
-    "evaluation": {"evaluation", "generation", "models", "data", "kernels", "interfaces"},
-    "training": {"training", "evaluation", "generation", "models", "data", "kernels", "interfaces"},
+    "pages": {"pages"},
+    "evaluation": {"evaluation", "pages", "generation", "models", "data", "kernels", "interfaces"},
+    "training": {"training", "evaluation", "pages", "generation", "models", "data", "kernels", "interfaces"},
     "profiling": {"profiling", "data", "kernels"},
-    "cli": {"cli", "profiling", "training", "evaluation", "generation", "models", "data", "kernels", "interfaces"},
+    "benchmarks": {"benchmarks", "pages", "data"},
     "__main__": {"cli"},
 }
+BELOW["cli"] = {"cli", *BELOW} - {"__main__"}  # everything
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,69 +1,26 @@
-"""The figures of the report: matplotlib drawings as inline SVG whose colours follow the page, light or dark."""
+"""The figures of the report of a run."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from genrec.evaluation.metrics import Interval
+from genrec.pages.drawing import GRID, MUTED, PAPER, SERIES, legend, new_figure, styled, to_svg
 
 Row = Mapping[str, object]  # one line of metrics.jsonl
 
-# matplotlib draws in these colours; the page replaces each by a variable, so that one drawing serves light and dark.
-INK, MUTED, GRID, PAPER = "#010203", "#020304", "#030405", "#040506"
-SERIES = ("#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | {
-    colour: f"--series-{number}" for number, colour in enumerate(SERIES)
-}
 MAX_POINTS = 240  # more than the pixels of a chart; longer curves are averaged in equal bins
 
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 11.5,
-    "text.parse_math": False,  # a $ in a name is a dollar
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.9,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "ytick.major.size": 0,
-    "legend.labelcolor": MUTED,
-    "legend.fontsize": 10.5,
-}
-_styled = matplotlib.rc_context(_STYLE)  # as a decorator: holds while the function draws
-
-
-@_styled
+@styled
 def bars(metrics: Mapping[str, Mapping[str, float]], names: Mapping[str, str], keys: Sequence[str]) -> str:
     """Horizontal bars, one panel a metric, one bar a ranker; the first ranker is the one the page is about."""
-    figure, axes = _figure(len(keys), height=0.62 + 0.34 * len(metrics) * len(keys))
+    figure, axes = new_figure(len(keys), height=0.62 + 0.34 * len(metrics) * len(keys))
     for panel, key in zip(axes, keys, strict=True):
         values = [metrics[name].get(key, math.nan) for name in metrics]
         colours = [SERIES[0] if place == 0 else GRID for place in range(len(values))]
@@ -77,13 +34,13 @@ def bars(metrics: Mapping[str, Mapping[str, float]], names: Mapping[str, str], k
         panel.grid(False)
         panel.spines["bottom"].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    return _svg(figure, f"Bars of {' and '.join(keys)} for every ranker")
+    return to_svg(figure, f"Bars of {' and '.join(keys)} for every ranker")
 
 
-@_styled
+@styled
 def differences(intervals: Mapping[str, Interval], names: Mapping[str, str], metric: str) -> str:
     """A point and its interval for every comparison, beside the line of no difference."""
-    figure, (panel,) = _figure(1, height=0.75 + 0.45 * len(intervals))
+    figure, (panel,) = new_figure(1, height=0.75 + 0.45 * len(intervals))
     for place, interval in enumerate(intervals.values()):
         colour = MUTED if interval.verdict == "within noise" else SERIES[0 if interval.low > 0 else 1]
         panel.plot([interval.low, interval.high], [place, place], color=colour, linewidth=4, solid_capstyle="round")
@@ -100,10 +57,10 @@ def differences(intervals: Mapping[str, Interval], names: Mapping[str, str], met
     panel.grid(False)
     panel.xaxis.set_major_locator(MaxNLocator(4))
     panel.set_xlabel(f"difference in {metric_name(metric)}")
-    return _svg(figure, f"Differences in {metric} with their intervals")
+    return to_svg(figure, f"Differences in {metric} with their intervals")
 
 
-@_styled
+@styled
 def curves(rows: Sequence[Row], panels: Mapping[str, Mapping[str, str]], x_label: str = "step") -> str:
     """Curves over steps: `panels` maps a title to {key of the rows: label}. Panels without points are left out; empty
     where none has any."""
@@ -114,7 +71,7 @@ def curves(rows: Sequence[Row], panels: Mapping[str, Mapping[str, str]], x_label
     return _stacked({title: lines for title, lines in drawn.items() if lines}, x_label)
 
 
-@_styled
+@styled
 def levels(rows: Sequence[Row], panels: Mapping[str, str]) -> str:
     """Curves over epochs, one a codebook level: `panels` maps a title to the key of lists, one number per level."""
     drawn = {
@@ -125,7 +82,7 @@ def levels(rows: Sequence[Row], panels: Mapping[str, str]) -> str:
     return _stacked(drawn, "epoch")
 
 
-@_styled
+@styled
 def router_load(stages: Mapping[str, Sequence[Row]]) -> str:
     """Share of the tokens that each expert gets, as a multiple of an equal share; every stage has the same width."""
     loads = [_thin(*points)[1] for rows in stages.values() if (points := _lists(rows, "expert_load"))]
@@ -136,7 +93,7 @@ def router_load(stages: Mapping[str, Sequence[Row]]) -> str:
     experts = max(load.shape[1] for load in loads)
     high = max(1.5, *(float(np.quantile(load, 0.995)) for load in loads))
 
-    figure, (heat, extremes) = _figure(2, height=3.7, sharex=True, height_ratios=[1.6, 1])
+    figure, (heat, extremes) = new_figure(2, height=3.7, sharex=True, height_ratios=[1.6, 1])
     for place, load in enumerate(loads):
         extent = (place, place + 1, load.shape[1], 0)
         image = heat.imshow(load.T, "cividis", aspect="auto", vmin=0, vmax=high, extent=extent, interpolation="nearest")
@@ -162,8 +119,8 @@ def router_load(stages: Mapping[str, Sequence[Row]]) -> str:
     extremes.set_xticks(np.arange(len(loads)) + 0.5, names)
     for panel in (heat, extremes):
         panel.tick_params(axis="x", length=0)
-    _legend(extremes)
-    return _svg(figure, "Heat map of the load of every expert over training")
+    legend(extremes)
+    return to_svg(figure, "Heat map of the load of every expert over training")
 
 
 def _points(rows: Sequence[Row], key: str) -> tuple[NDArray, NDArray] | None:
@@ -199,7 +156,7 @@ def _stacked(panels: Mapping[str, Sequence[tuple[str, NDArray, NDArray]]], x_lab
     """Panels of (label, steps, values) curves, one above the other over one x axis."""
     if not panels:
         return ""
-    figure, axes = _figure(len(panels), height=0.7 + 1.65 * len(panels), sharex=True)
+    figure, axes = new_figure(len(panels), height=0.7 + 1.65 * len(panels), sharex=True)
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         for number, (label, steps, values) in enumerate(lines):
             x, y = _thin(steps, values)
@@ -210,23 +167,9 @@ def _stacked(panels: Mapping[str, Sequence[tuple[str, NDArray, NDArray]]], x_lab
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         if len(lines) > 1:
-            _legend(panel)
+            legend(panel)
     axes[-1].set_xlabel(x_label)
-    return _svg(figure, f"{', '.join(panels)} over {x_label}s")
-
-
-def _legend(panel: Axes) -> None:
-    """Above the panel, right, where no curve can run through it."""
-    panel.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.02, 0.98),
-        ncols=len(panel.get_legend_handles_labels()[0]),
-        frameon=False,
-        handlelength=1.1,
-        handletextpad=0.4,
-        columnspacing=1.1,
-        borderpad=0.1,
-    )
+    return to_svg(figure, f"{', '.join(panels)} over {x_label}s")
 
 
 def signed(value: float) -> str:
@@ -236,30 +179,3 @@ def signed(value: float) -> str:
 def metric_name(key: str) -> str:
     """A key of the metrics as people write it: Recall@10, NDCG@10."""
     return key.replace("recall", "Recall").replace("ndcg", "NDCG").replace("_", " ")
-
-
-def _figure(
-    panels: int, height: float, sharex: bool = False, height_ratios: Sequence[float] | None = None
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2, height), layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=height_ratios)
-    return figure, list(axes[:, 0])
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an `<svg>` element without ids of its own making, metadata or addresses; the same every time."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": description}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="[A-Za-z0-9.]+_\d+"| width="[\d.]+pt"| height="[\d.]+pt"', "", svg)
-    svg = re.sub(r"font-family:[^;\"]*|font: ([\d.]+px)[^;\"]*", _page_font, svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-
-
-def _page_font(match: re.Match[str]) -> str:
-    return f"font-size: {match[1]}; font-family: inherit" if match[1] else "font-family: inherit"

@@ -16,7 +16,7 @@ from genrec.data.files import atomic_file
 from genrec.evaluation import charts
 from genrec.evaluation.charts import metric_name, signed
 from genrec.evaluation.metrics import Interval
-from genrec.evaluation.style import CSS
+from genrec.pages.html import card, command_card, facts, page, section
 
 NAMES = {
     "ugt": "UGT",
@@ -80,17 +80,17 @@ def render(data: ReportData) -> str:
     tokenize = stages.pop("tokenize", [])
     sections = [
         _summary(data),
-        _section("How good it is", _metrics_table(data.metrics), _comparison(data)),
-        _section("What it recommends", *map(_example, data.examples), layout="stack"),
-        _section(
+        section("How good it is", _metrics_table(data.metrics), _comparison(data)),
+        section("What it recommends", *map(_example, data.examples), layout="stack"),
+        section(
             "How it learned",
             *[_stage(stage, rows) for stage, rows in stages.items()],
-            _card("Router load", charts.router_load(stages), _ROUTER_NOTE),
+            card("Router load", charts.router_load(stages), _ROUTER_NOTE),
         ),
-        _section("Semantic ids", *_codebooks(tokenize)),
-        _section("The run", *_facts(data.facts), _commands(data.commands)),
+        section("Semantic ids", *_codebooks(tokenize)),
+        section("The run", *facts(data.facts), command_card(data.commands)),
     ]
-    return _PAGE.format(title=escape(data.title), css=CSS, body="\n".join(filter(None, sections)))
+    return page(data.title, sections)
 
 
 def verdict(metrics: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Interval]) -> str:
@@ -163,7 +163,7 @@ def _comparison(data: ReportData) -> str:
     keys = [key for key in ("recall@10", HEADLINE) if _any_has(data.metrics, key)]
     drawn = charts.bars(data.metrics, names, keys) if keys else ""
     differences = charts.differences(data.intervals, names, HEADLINE) if data.intervals else ""
-    return _card("All rankers", drawn) + _card("The model minus each baseline", differences, _INTERVAL_NOTE)
+    return card("All rankers", drawn) + card("The model minus each baseline", differences, _INTERVAL_NOTE)
 
 
 def _stage(stage: str, rows: Sequence[Mapping[str, object]]) -> str:
@@ -173,7 +173,7 @@ def _stage(stage: str, rows: Sequence[Mapping[str, object]]) -> str:
         "validation": {f"valid_{key}": metric_name(key) for key in (HEADLINE, "recall@10")},
         "preferences won": {"preference_accuracy": "share"},
     }
-    return _card(stage.capitalize(), charts.curves(rows, panels), STAGES.get(stage, ""))
+    return card(stage.capitalize(), charts.curves(rows, panels), STAGES.get(stage, ""))
 
 
 def _codebooks(rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -181,8 +181,8 @@ def _codebooks(rows: Sequence[Mapping[str, object]]) -> list[str]:
     residual = charts.levels(rows, {"variance left": "residual"})
     decoded = charts.curves(rows, {"error of the decoded features": {"reconstruction": "error"}}, "epoch")
     return [
-        _card("Codebook usage", usage, "Perplexity: how many equally used codes would be as varied."),
-        _card("Reconstruction", residual + decoded, "Squared errors, as shares of the variance."),
+        card("Codebook usage", usage, "Perplexity: how many equally used codes would be as varied."),
+        card("Reconstruction", residual + decoded, "Squared errors, as shares of the variance."),
     ]
 
 
@@ -220,35 +220,6 @@ def _score(score: float, low: float, high: float) -> str:
     return f'<span class="score"><i style="width:{share:.0%}"></i>{score:.2f}</span>'
 
 
-def _facts(facts: Mapping[str, Mapping[str, str]]) -> list[str]:
-    return [
-        f'<div class="card"><h3>{escape(group)}</h3><dl>'
-        + "".join(f"<dt>{escape(what)}</dt><dd>{escape(str(value))}</dd>" for what, value in entries.items())
-        + "</dl></div>"
-        for group, entries in facts.items()
-        if entries
-    ]
-
-
-def _commands(commands: Sequence[str]) -> str:
-    if not commands:
-        return ""
-    return f'<div class="card wide"><h3>Commands</h3><pre>{escape(chr(10).join(commands))}</pre></div>'
-
-
-def _card(title: str, drawing: str, note: str = "") -> str:
-    if not drawing:
-        return ""
-    below = f"<p class=note>{escape(note)}</p>" if note else ""
-    return f"<figure class=card><h3>{escape(title)}</h3>{drawing}{below}</figure>"
-
-
-def _section(title: str, *cards: str, layout: str = "grid") -> str:
-    if not any(cards):
-        return ""
-    return f'<section><h2>{escape(title)}</h2><div class="{layout}">{"".join(cards)}</div></section>'
-
-
 def _name(ranker: str) -> str:
     return NAMES.get(ranker, ranker)
 
@@ -264,20 +235,3 @@ def _check_example(example: Example) -> None:
 
 _INTERVAL_NOTE = "Paired bootstrap over users, 95 %. An interval that holds zero is noise."
 _ROUTER_NOTE = "Mean over layers. 1 is an equal share; an expert near 0 has died."
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -1,27 +1,38 @@
 """A speed is reported only where the result is right: every case checks its contenders against each other first.
 
 pytest bench                 small cases once, as tests: "smoke"
-pytest bench --benchmark     the speeds
-    --bench-op NAME          of one operator, or "model" or "overhead": test_bench_<NAME>.py
+pytest bench --benchmark     speed and peak memory
+    --bench-op NAME          of one operator, or of "training", "generation" …: test_bench_<NAME>.py
     --bench-size SIZE        smoke, default or full
     --bench-device DEVICE    cpu, or cuda where there is one
-    --bench-threads N, --bench-seconds S, --bench-csv FILE
+    --bench-threads N, --bench-seconds S
+    --bench-csv FILE         the table, for genrec bench report
+    --bench-baseline FILE    such a table: fail where a ratio fell by more than --bench-tolerance
     --benchmark-json FILE    pytest-benchmark's own format: the rounds of genrec, the peers as extra_info
 """
 
-import csv
+import datetime
+import json
+import math
+import platform
+import statistics
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.memory import measured_in_child, peak_memory
 from bench.peers import ABSENT
-from bench.race import Result, copy_rate, keep_freed_memory, matmul_rate
+from bench.race import copy_rate, keep_freed_memory, matmul_rate, spread
 from bench.race import race as run_race
+from genrec.benchmarks import results as table
+from genrec.benchmarks.results import Row
 
-RESULTS: list[Result] = []
+ROWS: list[Row] = []
+MEMORY: dict[str, dict[str, int]] = {}  # case → contender → bytes, in the child that measures it
 SIZES = ["smoke", "default", "full"]
 OPERATORS = sorted(path.stem.removeprefix("test_bench_") for path in Path(__file__).parent.glob("test_bench_*.py"))
 
@@ -30,16 +41,21 @@ def pytest_addoption(parser):
     group = parser.getgroup("genrec")
     group.addoption("--benchmark", action="store_true", help="measure; without it every case runs once, as a test")
     group.addoption("--bench-op", choices=OPERATORS, action="append", help="only these; may be repeated")
-    group.addoption("--bench-size", choices=SIZES, help="smoke is for tests; default takes some seven minutes")
+    group.addoption("--bench-size", choices=SIZES, help="smoke is for tests; default takes some nine minutes")
     group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
     group.addoption("--bench-threads", type=int, default=2, help="threads of torch on the CPU")
-    group.addoption("--bench-seconds", type=float, default=0.6, help="for each contender of each case")
+    group.addoption("--bench-seconds", type=float, default=0.4, help="for each contender of each case")
     group.addoption("--bench-csv", type=Path, help="also write the table to this file")
+    group.addoption("--bench-baseline", type=Path, help="a table of before: fail where a ratio fell")
+    group.addoption("--bench-tolerance", type=float, default=0.3, help="share of itself that a ratio may fall by")
+    group.addoption("--bench-memory", type=Path, help="instead of speed, peak memory, into this file: for the child")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "size(name): the smallest --bench-size that runs this case")
     config.option.benchmark_quiet = True  # pytest-benchmark's table has rounds where ours has calls
+    if baseline := config.getoption("--bench-baseline"):
+        table.read_results(baseline)  # what is wrong with it is said before anything is measured
 
 
 def size_of(config):
@@ -66,7 +82,7 @@ def machine(request):
     if device != "cpu":
         torch.set_default_device(device)
     torch.set_num_threads(request.config.getoption("--bench-threads"))
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not request.config.getoption("--bench-memory"):
         keep_freed_memory()
 
 
@@ -91,27 +107,57 @@ def randn():
 def race(request):
     """race(case, contenders, flops=, bytes=, goal=): "genrec" and its peers, functions without arguments that return
     the same tensors, or tensors whose `measure` is the same; tolerance=None for contenders that compute something
-    else. `within` has contexts for some of them."""
+    else. `within` has contexts for some of them. `along` is (series, axis, value) of a case that is one of a series."""
+    option = request.config.getoption
 
-    def run(case, contenders, *, flops=0.0, bytes=0.0, goal=None, tolerance=1e-3, within=None, measure=None):
+    def run(
+        case, contenders, *, flops=math.nan, bytes=math.nan, goal=math.nan, tolerance=1e-3, within=None, measure=None,
+        along=("", "", math.nan),
+    ):  # fmt: skip
         torch.set_default_device(None)  # it serves to prepare a case, and would slow every call down
+        within = {name: (within or {}).get(name, nullcontext) for name in contenders}
+        if option("--bench-memory"):
+            for name, function in contenders.items():
+                with within[name]():
+                    peak = peak_memory(function, torch.device(option("--bench-device")))
+                MEMORY.setdefault(case, {})[name] = peak
+            return
         results = {}
         for name, function in contenders.items():
-            with (within or {}).get(name, nullcontext)():
+            with within[name]():
                 results[name] = measure(function()) if measure else function()
         if tolerance is not None:
             _assert_equal(results, tolerance)
-        if request.config.getoption("--benchmark"):
-            benchmark, seconds = request.getfixturevalue("benchmark"), request.config.getoption("--bench-seconds")
-            RESULTS.append(Result(case, run_race(benchmark, contenders, seconds, within or {}), flops, bytes, goal))
-            benchmark.extra_info |= {
-                "case": case,
-                "median_seconds": RESULTS[-1].seconds,
-                "flops": flops,
-                "bytes": bytes,
-            }
+        if option("--benchmark"):
+            benchmark = request.getfixturevalue("benchmark")
+            rounds = run_race(benchmark, contenders, option("--bench-seconds"), within)
+            op = request.path.stem.removeprefix("test_bench_")
+            for name, seconds in rounds.items():
+                median = statistics.median(seconds)
+                ROWS.append(_row(option, op, case, along, name, median, spread(seconds), flops, bytes, goal))
+            medians = {name: statistics.median(seconds) for name, seconds in rounds.items()}
+            benchmark.extra_info |= {"case": case, "median_seconds": medians, "flops": flops, "bytes": bytes}
 
     return run
+
+
+def _row(option, op, case, along, contender, seconds, spread, flops, bytes, goal):
+    """Memory and the device's rates are filled in at the end."""
+    unknown, cpu = math.nan, option("--bench-device") == "cpu"
+    return Row(
+        op, case, *along, contender, seconds, spread, flops, bytes, unknown, goal, unknown, unknown,
+        _device_name(cpu), torch.get_num_threads() if cpu else 0, torch.__version__, str(datetime.date.today()),
+    )  # fmt: skip
+
+
+def _device_name(cpu: bool) -> str:
+    if not cpu:
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _assert_equal(results, tolerance):
@@ -126,38 +172,70 @@ def _tensors(result) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if not RESULTS:
+def pytest_sessionfinish(session):
+    """Complete the table and write it; a ratio that fell fails the session."""
+    option = session.config.getoption
+    if path := option("--bench-memory"):
+        path.write_text(json.dumps(MEMORY))
+    if not ROWS:
         return
-    write = terminalreporter.write_line
-    rates = f"matmul {matmul_rate() / 1e9:.0f} GFLOP/s, copy {copy_rate() / 1e9:.1f} GB/s"
-    write(f"\n{torch.get_num_threads()} threads: {rates}")
-    write(f"{'case':64} {'genrec':>9} {'strongest peer':>24} {'ratio':>7} {'goal':>5} {'share':>6}")
-    for r in RESULTS:
-        peer = f"{r.best_peer} {_time(r.seconds[r.best_peer])}"
-        goal = f"{r.goal:.1f}×" if r.goal else ""
-        share = f"{r.share:.0%}" if r.flops or r.bytes else ""
-        write(f"{r.case:64} {_time(r.ours):>9} {peer:>24} {r.ratio:6.2f}× {goal:>5} {share:>6}")
+    device = option("--bench-device")
+    memory = measured_in_child([str(Path(__file__).parent), *_same_cases(session.config)])
+    rates = {"matmul_rate": matmul_rate(device), "copy_rate": copy_rate(device)}
+    ROWS[:] = [replace(row, memory=memory.get(row.case, {}).get(row.contender, math.nan), **rates) for row in ROWS]
+    blank = replace(ROWS[0], op="", case=table.ABSENT, series="", axis="", at=math.nan, goal=math.nan,
+                    seconds=math.nan, spread=math.nan, flops=math.nan, bytes=math.nan, memory=math.nan)  # fmt: skip
+    ROWS.extend(replace(blank, contender=package) for package in sorted(ABSENT))
+    if path := option("--bench-csv"):
+        table.write_results(path, ROWS)
+    if any(change.fell(option("--bench-tolerance")) for change in _changes(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _same_cases(config):
+    operators = [word for name in config.getoption("--bench-op") or () for word in ("--bench-op", name)]
+    names = ("--bench-device", "--bench-threads")
+    return [
+        *operators, "--bench-size", size_of(config), *(f"{name}={config.getoption(name)}" for name in names)
+    ]  # fmt: skip
+
+
+def _changes(config):
+    baseline = config.getoption("--bench-baseline")
+    return table.changes(table.read_results(baseline), ROWS) if baseline else []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
+        return
+    write, first = terminalreporter.write_line, ROWS[0]
+    rates = f"matmul {first.matmul_rate / 1e9:.0f} GFLOP/s, copy {first.copy_rate / 1e9:.1f} GB/s"
+    write(f"\n{first.device}, {first.threads} threads, torch {first.torch}: {rates}")
+    write(f"{'case':64} {'genrec':>9} {'strongest peer':>34} {'ratio':>7} {'goal':>5} {'share':>6} {'memory':>16}")
+    for case in table.cases(ROWS):
+        peer = f"{case.peer.contender} {_time(case.peer.seconds)}"
+        goal = "" if math.isnan(case.ours.goal) else f"{case.ours.goal:.1f}×"
+        share = case.share(case.ours)
+        write(
+            f"{case.name:64} {_time(case.ours.seconds):>9} {peer:>34} {case.ratio:6.2f}× {goal:>5} "
+            f"{'' if math.isnan(share) else f'{share:.0%}':>6} {_memory(case):>16}"
+        )
     if ABSENT:
         write(f"absent, not installed: {', '.join(sorted(ABSENT))}")
-    if path := config.getoption("--bench-csv"):
-        _write_csv(path)
+    tolerance = config.getoption("--bench-tolerance")
+    for change in _changes(config):
+        if change.fell(tolerance):
+            write(f"ratio fell: {change.case.name}: {change.before:.2f}× → {change.now:.2f}×", red=True)
 
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds > 1e-3 else f"{seconds * 1e6:.1f} µs"
 
 
-def _write_csv(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["case", "contender", "seconds", "spread", "flops", "bytes", "matmul_rate", "copy_rate", "threads"]
-        )
-        for r in RESULTS:
-            for name, seconds in r.seconds.items():
-                work = f"{r.flops:.4g}", f"{r.bytes:.4g}", f"{matmul_rate():.4g}", f"{copy_rate():.4g}"
-                writer.writerow(
-                    [r.case, name, f"{seconds:.4g}", f"{r.spread(name):.3f}", *work, torch.get_num_threads()]
-                )
+def _memory(case) -> str:
+    """Ours, and how many times that the most frugal peer takes."""
+    ours = case.ours.memory
+    if math.isnan(ours):
+        return ""
+    times = "" if math.isnan(case.memory_ratio) else f" {case.memory_ratio:.1f}×"
+    return f"{ours / 2**20:.1f} MB{times}"

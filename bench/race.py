@@ -1,4 +1,4 @@
-"""Timing of several functions that compute the same thing, interleaved in one run, and the ceilings of the machine.
+"""Timing of several functions that compute the same thing, interleaved in one run, and the ceilings of the device.
 
 A shared machine has slow and fast seconds: contenders take turns in short rounds, so that all of them see both, and the
 median of their rounds is compared.
@@ -8,68 +8,43 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Function = Callable[[], object]
+Contexts = dict[str, Callable[[], AbstractContextManager[None]]]
 ROUND = 0.02  # seconds that a contender runs at a time, at least one call
-
-
-@dataclass(frozen=True)
-class Result:
-    """Seconds per call in every round of every contender, and the work that one call does."""
-
-    case: str
-    rounds: dict[str, list[float]]
-    flops: float
-    bytes: float
-    goal: float | None
-
-    @functools.cached_property
-    def seconds(self) -> dict[str, float]:
-        """The median of each."""
-        return {name: statistics.median(rounds) for name, rounds in self.rounds.items()}
-
-    def spread(self, name: str) -> float:
-        """Interquartile range over median."""
-        low, _, high = statistics.quantiles(self.rounds[name], n=4)
-        return (high - low) / self.seconds[name]
-
-    @property
-    def ours(self) -> float:
-        return self.seconds["genrec"]
-
-    @property
-    def best_peer(self) -> str:
-        return min((name for name in self.seconds if name != "genrec"), key=self.seconds.__getitem__)
-
-    @property
-    def ratio(self) -> float:
-        """How many times the strongest peer takes what we take."""
-        return self.seconds[self.best_peer] / self.ours
-
-    @property
-    def share(self) -> float:
-        """Of what the machine's own matmul and copy would take for the same FLOPs and bytes, one after the other."""
-        return max(self.flops / matmul_rate(), self.bytes / copy_rate()) / self.ours
+ROUNDS = 5  # at least
+ROTATED = 1 << 28  # bytes: several times the last level of any cache
+MOST_COPIES = 64  # what is small even then is bound by its call
 
 
 def passes(
-    forms: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]], inputs: list[Tensor], backward: bool
+    forms: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]],
+    inputs: list[Tensor],
+    backward: bool,
+    rotated: bool = False,
 ) -> dict[str, Function]:
-    """Calls without arguments: each form's output, and, if `backward`, the gradients of half its sum of squares."""
+    """Calls without arguments: each form's output, and, if `backward`, the gradients of half its sum of squares.
+
+    `rotated`, for what is bound by memory: every call takes the next of several copies of the inputs, which together
+    are larger than any cache."""
+    size = sum(x.nbytes for x in inputs)
+    copies = min(max(1, ROTATED // size), MOST_COPIES) if rotated else 1
+    sets = [inputs, *([x.clone() for x in inputs] for _ in range(copies - 1))]
 
     def bind(form: Callable[..., Tensor | tuple[Tensor, ...]]) -> Function:
-        leaves = [x.detach().requires_grad_(backward) for x in inputs]
+        turns = itertools.cycle([[x.detach().requires_grad_(backward) for x in one] for one in sets])
 
         def call() -> list[Tensor]:
+            leaves = next(turns)
             out = form(*leaves)
             outputs = [out] if isinstance(out, Tensor) else list(out)
             grads = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs]) if backward else ()
@@ -84,7 +59,7 @@ def race(
     benchmark: Any,
     contenders: dict[str, Function],
     seconds: float,
-    within: dict[str, Callable[[], AbstractContextManager[None]]],
+    within: Contexts,
 ) -> dict[str, list[float]]:
     """Seconds per call in every round of every contender, about `seconds` for each. pytest-benchmark's `benchmark`
     times "genrec", and before each of its rounds every peer has one. Contenders in `within` run in that context."""
@@ -107,7 +82,7 @@ def race(
             if name != "genrec":
                 times[name].append(round_of(name))
 
-    rounds = max(5, round(seconds * len(contenders) / total))
+    rounds = max(ROUNDS, round(seconds * len(contenders) / total))
     benchmark.extra_info["calls_per_round"] = calls["genrec"]
     benchmark.pedantic(round_of, ("genrec",), setup=peers, rounds=rounds)
     times["genrec"] = [t / calls["genrec"] for t in benchmark.stats.stats.data]
@@ -136,17 +111,24 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-@functools.cache
-def matmul_rate() -> float:
-    """FLOP/s of torch's float32 matrix product here, with the threads that torch has now."""
-    a, b = torch.randn(2, 1536, 1536)
-    return 2 * 1536**3 / _best(lambda: a @ b)
+def spread(rounds: list[float]) -> float:
+    """Interquartile range over median."""
+    low, _, high = statistics.quantiles(rounds, n=4)
+    return (high - low) / statistics.median(rounds)
 
 
 @functools.cache
-def copy_rate() -> float:
+def matmul_rate(device: str) -> float:
+    """FLOP/s of torch's float32 matrix product there, with the threads that torch has now."""
+    n = 1536 if device == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device)
+    return 2 * n**3 / _best(lambda: a @ b)
+
+
+@functools.cache
+def copy_rate(device: str) -> float:
     """Bytes read and written per second by a copy larger than the caches."""
-    source = torch.randn(1 << 25)
+    source = torch.randn(1 << 25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
@@ -157,5 +139,6 @@ def _best(function: Function) -> float:
     for _ in range(20):
         start = time.perf_counter()
         function()
+        _finish()
         times.append(time.perf_counter() - start)
     return min(times)

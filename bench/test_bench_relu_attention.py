@@ -1,6 +1,7 @@
 """ReLU attention against what one writes in PyTorch, eager and compiled, and softmax attention for scale.
 
-FLOPs are those of the visible pairs of a row and a key: 2 products forward, 5 more backward.
+FLOPs are those of the visible pairs of a row and a key: 2 products forward, 5 more backward. Bytes are those of q, k, v
+and the result, backward of their gradients too.
 """
 
 import pytest
@@ -17,7 +18,11 @@ from genrec.kernels import relu_attention, relu_attention_varlen
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("b", "length", "d"),
-    sizes([(2, 64, 32)], [(8, 256, 64), (2, 1024, 64), (1, 2048, 128)], [(32, 256, 128), (1, 4096, 128)]),
+    sizes(
+        [(2, 64, 32)],
+        [(8, 256, 64), (4, 512, 64), (2, 1024, 64), (1, 2048, 64)],
+        [(32, 256, 128), (1, 2048, 128), (1, 4096, 64), (1, 16384, 64)],
+    ),
 )
 def test_dense(race, compiled, randn, b, length, d, causal, backward):
     heads, inputs = 4, [randn(b, 4, length, d) for _ in range(3)]
@@ -34,9 +39,11 @@ def test_dense(race, compiled, randn, b, length, d, causal, backward):
     }
     calls = passes(contenders, inputs, backward)
     pairs = b * heads * (length * (length + 1) // 2 if causal else length * length)
+    kind = f"{' causal' * causal}{' with backward' * backward}"
     race(
-        f"attention B{b} H{heads} L{length} D{d}{' causal' * causal}{' with backward' * backward}", calls,
-        flops=(14 if backward else 4) * d * pairs, goal=1.5 if backward else 2.0,
+        f"attention B{b} H{heads} L{length} D{d}{kind}", calls,
+        flops=(14 if backward else 4) * d * pairs, bytes=(12 if backward else 4) * inputs[0].nbytes,
+        goal=1.5 if backward else 2.0, along=(f"attention D{d}{kind}, {b * length} tokens", "sequence length", length),
     )  # fmt: skip
 
 
@@ -54,8 +61,14 @@ def test_softmax_of_the_same_flops(race, randn, causal):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with_backward"])
-@pytest.mark.parametrize("limited", [False, True], ids=["causal", "key_limit"])
-@pytest.mark.parametrize(("batch", "longest"), sizes([(8, 30)], [(128, 50), (16, 512)], [(512, 50), (16, 2048)]))
+@pytest.mark.parametrize(
+    ("batch", "longest", "limited"),
+    sizes(
+        [(8, 30, False), (8, 30, True)],
+        [(256, 25, False), (128, 50, False), (32, 200, False), (16, 512, False), (128, 50, True)],
+        [(512, 50, False), (16, 2048, False), (16, 512, True)],
+    ),
+)
 def test_packed_histories(race, compiled, randn, batch, longest, limited, backward):
     """Histories of 1 … longest events and a learned bias by distance, as in training; peers pad them to the longest."""
     heads, d, generator = 4, 32, torch.Generator(torch.get_default_device()).manual_seed(0)
@@ -64,7 +77,7 @@ def test_packed_histories(race, compiled, randn, batch, longest, limited, backwa
     inputs = [*(randn(int(cu[-1]), heads, d) for _ in range(3)), randn(heads, 64)]
     position = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lengths)
     options = {"key_limit": position + 1} if limited else {"causal": True}
-    longest, padded = int(lengths.max()), peers.padded(lengths)
+    most, longest, padded = longest, int(lengths.max()), peers.padded(lengths)
 
     def genrec(q, k, v, bias):
         return relu_attention_varlen(q, k, v, cu, cu, longest, longest, rel_bias=bias, **options)
@@ -72,8 +85,12 @@ def test_packed_histories(race, compiled, randn, batch, longest, limited, backwa
     contenders = {"genrec": genrec, "padded": padded, **compiled("padded, compiled", padded)}
     calls = passes(contenders, inputs, backward)
     pairs = heads * int((lengths * (lengths + 1) // 2).sum())
-    name = f"{batch} histories of up to {longest} H4 D32, bias, {'key_limit' if limited else 'causal'}"
-    race(name + " with backward" * backward, calls, flops=(14 if backward else 4) * d * pairs, goal=3.0)
+    kind = f"{'key_limit' if limited else 'causal'}{' with backward' * backward}"
+    race(
+        f"{batch} histories of up to {most} H4 D32, bias, {kind}", calls,
+        flops=(14 if backward else 4) * d * pairs, bytes=(12 if backward else 4) * inputs[0].nbytes, goal=3.0,
+        along=(f"histories, {kind}", "longest history", most),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("keys", sizes([50], [1000]))
@@ -86,4 +103,7 @@ def test_decoding(race, compiled, randn, keys):
         return peers.plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))
 
     calls = {"genrec": lambda: relu_attention(q, k, v), "eager": definition, **compiled("compiled", definition)}
-    race(f"8 requests, 30 beams, {keys} keys H4 D32", calls, flops=4 * 32 * 8 * 4 * 30 * keys, goal=2.0)
+    race(
+        f"8 requests, 30 beams, {keys} keys H4 D32", calls, flops=4 * 32 * 8 * 4 * 30 * keys,
+        bytes=2 * (q.nbytes + k.nbytes), goal=2.0,
+    )  # fmt: skip

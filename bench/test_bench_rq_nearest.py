@@ -1,7 +1,7 @@
 """The nearest code, of one level and of three, against what one writes in PyTorch, eager and compiled, and against the
 libraries people take for it.
 
-FLOPs are those of the inner products, 2 · N · K · D for each level.
+FLOPs are those of the inner products, 2 · N · K · D for each level; bytes those of x, the codebooks and the result.
 """
 
 import pytest
@@ -25,7 +25,8 @@ def test_nearest(race, compiled, randn, n, k):
     contenders = {"genrec": lambda: rq_nearest(x, [codebook])[0][:, 0]}
     contenders |= {name: (lambda search=search: search(x, codebook)) for name, search in forms.items()}
     race(
-        f"nearest of {k} codes, {n}×{DIM}", contenders, flops=2 * n * k * DIM, bytes=codebook.nbytes, goal=2.0,
+        f"nearest of {k} codes, {n}×{DIM}", contenders, flops=2 * n * k * DIM, bytes=x.nbytes + codebook.nbytes + 8 * n,
+        goal=2.0, along=(f"nearest code of {n} rows", "codes", k),
         measure=lambda codes: distance(x, codebook[codes]),
     )  # fmt: skip
 
@@ -39,6 +40,7 @@ def test_residual(race, compiled, randn, n, levels):
     forms |= compiled("addmm, compiled", residual(addmm))
     contenders |= {name: (lambda form=form: form(x, codebooks)) for name, form in forms.items()}
     race(
-        f"residual codes of {levels}, {n}×{DIM}", contenders, flops=2 * n * sum(levels) * DIM, goal=2.0,
+        f"residual codes of {levels}, {n}×{DIM}", contenders, flops=2 * n * sum(levels) * DIM,
+        bytes=2 * x.nbytes + sum(book.nbytes for book in codebooks), goal=2.0,
         measure=lambda result: distance(x, result[1]),
     )  # fmt: skip

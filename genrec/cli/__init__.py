@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "sequences and semantic ids → UGT weights: pretrain, finetune, align",
     "evaluate": "Recall and NDCG of a trained model beside its baselines, and a report to look at",
     "recommend": "what to show next to a user of the log, or after a history you type",
+    "bench": "a page of charts for a benchmark run, and what moved since another",
     "profile": "where the time of training, generation or one operator goes: Nsight reports, traces, tables",
     "doctor": "versions, which kernels are native, what the machine has",
 }
@@ -63,8 +64,10 @@ def _run(command: str, argv: list[str]) -> int:
             "PyTorch is not installed; pip install 'torch>=2.11,<2.14', in the build that fits this machine",
             2,
         )
-    config_class = module.Config
-    if kinds := getattr(module, "COMMANDS", None):
+    kinds = getattr(module, "COMMANDS", None)
+    if kinds is None:
+        config_class = module.Config
+    else:
         if argv and argv[0] not in ("-h", "--help"):
             if argv[0] not in kinds:
                 raise ValueError(f"unknown kind {argv[0]!r}; expected one of {', '.join(kinds)}")

@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from genrec.pages.style import CSS
+
 # matplotlib draws in these colours; the page replaces each by a variable, so that one drawing serves light and dark.
 INK, MUTED, GRID, PAPER = "#010203", "#020304", "#030405", "#040506"
 SERIES = ("#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
@@ -52,9 +54,14 @@ styled = matplotlib.rc_context(_STYLE)  # as a decorator: holds while the functi
 
 
 def new_figure(
-    panels: int, height: float, sharex: bool = False, height_ratios: Sequence[float] | None = None
+    panels: int,
+    height: float,
+    sharex: bool = False,
+    height_ratios: Sequence[float] | None = None,
+    width: float = 5.2,
 ) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    """Panels one above the other; height and width in inches, of which a card of the page is 5.2 wide."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=height_ratios)
     return figure, list(axes[:, 0])
 
@@ -72,6 +79,16 @@ def to_svg(figure: Figure, description: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def standalone(svg: str) -> str:
+    """An SVG of `to_svg` as a file of its own, which brings the colours of the page along."""
+    style = re.findall(r"(?:@media \(prefers[^{]*\{ )?:root \{[^}]*\}(?: \})?", CSS)
+    paper = '<rect width="100%" height="100%" fill="var(--card)"/>'
+    head, rest = svg.split(">", 1)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    font = "svg { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }"
+    return f"{head} {names}><style>{font} {' '.join(style)}</style>{paper}{rest}"
 
 
 def _page_font(match: re.Match[str]) -> str:

@@ -20,11 +20,11 @@ def section(title: str, *cards: str, layout: str = "grid") -> str:
     return f'<section><h2>{escape(title)}</h2><div class="{layout}">{"".join(cards)}</div></section>'
 
 
-def card(title: str, drawing: str, note: str = "") -> str:
+def card(title: str, drawing: str, note: str = "", wide: bool = False) -> str:
     if not drawing:
         return ""
     below = f"<p class=note>{escape(note)}</p>" if note else ""
-    return f"<figure class=card><h3>{escape(title)}</h3>{drawing}{below}</figure>"
+    return f"<figure class='card{' wide' * wide}'><h3>{escape(title)}</h3>{drawing}{below}</figure>"
 
 
 def facts(groups: Mapping[str, Mapping[str, str]]) -> list[str]:

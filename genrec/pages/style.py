@@ -29,6 +29,7 @@ h4 { font-size: .8rem; font-weight: 500; margin: 0 0 6px; color: var(--muted); }
 .wide { grid-column: 1 / -1; }
 .card { margin: 0; min-width: 0; break-inside: avoid; }
 svg { display: block; width: 100%; height: auto; max-width: 560px; margin: 0 auto; }
+figure.wide svg { max-width: 100%; }
 svg text { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -40,6 +41,7 @@ thead th { color: var(--muted); font-size: .85rem; }
 tbody tr:first-child th { font-weight: 650; }
 tbody tr:last-child > * { border-bottom: 0; }
 .best { font-weight: 700; }
+.dense { font-size: .8rem; } .dense th, .dense td { padding: 4px 8px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 14px 36px; }
 ul, ol { margin: 0; padding: 0; list-style: none; counter-reset: place; }
 li { display: flex; gap: 12px; justify-content: space-between; align-items: baseline; padding: 5px 0;

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 # Every tensor in an allocation of its own, or an access past the end would land in a neighbour unseen.
 SANITIZER := GENREC_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help install demo test sanitize lint bench kernels-check tune gpu clean
+.PHONY: help install peers demo test sanitize lint bench kernels-check tune gpu clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -23,12 +23,20 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*
 	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# What the benchmarks race against, without building genrec once more.
+$(VENV)/.peers: $(VENV)/.installed
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'], sep='\n')" > $@.txt
+	$(BIN)/pip install -q -r $@.txt
+	@touch $@
+
 install: $(VENV)/.installed  ## .venv with torch, the compiled kernels, genrec and the development tools
 
 demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about four minutes
 	BIN=$(BIN) RUN=$(RUN) sh examples/movielens.sh
 
-test: install  ## every test, with coverage, and every benchmark once
+peers: $(VENV)/.peers  ## the packages that the benchmarks race against
+
+test: peers  ## every test, with coverage, and every benchmark once
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 	$(BIN)/python -m pytest bench
 
@@ -40,8 +48,9 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the operators against the strongest peers there are, some seven minutes
-	$(BIN)/python -m pytest bench --benchmark
+bench: peers  ## everything against the strongest peers there are, some nine minutes → runs/bench.html; BENCH="…" for options
+	$(BIN)/python -m pytest bench --benchmark --bench-csv runs/bench.csv $(BENCH)
+	$(BIN)/genrec bench report --results runs/bench.csv --out runs/bench.html
 
 kernels-check: install  ## every Triton kernel compiled for six GPU architectures; every operator against float64
 	$(BIN)/python -m genrec.kernels.compilation
@@ -56,7 +65,7 @@ gpu: install  ## the kernel tests on a CUDA device, a few under compute-sanitize
 	GENREC_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
-	$(MAKE) bench
+	$(MAKE) bench BENCH="--bench-device cuda --bench-size full"
 
 clean:  ## remove everything that make built
 	rm -rf $(VENV) build *.egg-info genrec/*.so .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -118,10 +118,10 @@ def spread(rounds: list[float]) -> float:
 
 
 @functools.cache
-def matmul_rate(device: str) -> float:
-    """FLOP/s of torch's float32 matrix product there, with the threads that torch has now."""
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of torch's matrix product there, with the threads that torch has now."""
     n = 1536 if device == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
     return 2 * n**3 / _best(lambda: a @ b)
 
 

@@ -1,14 +1,14 @@
 """Group layer norm against the two ways to write it in PyTorch, eager and compiled: layer_norm and a gathered affine,
 and a layer_norm of its own for every group.
 
-Bytes are those of x, y and the residual, forward; of the gradients too, backward. The affine stays in cache; x does not,
-for every call has another.
+Bytes are those of x, y and the residual, forward; of the gradients too, backward. The affine stays in cache; x does
+not, for every call has another.
 """
 
 import pytest
 import torch
 
-from bench.peers.group_layer_norm import gathered, group_by_group
+from bench.peers.group_layer_norm import fused, gathered, group_by_group
 from bench.race import passes
 from bench.sizes import sizes
 from genrec.kernels import group_layer_norm
@@ -36,6 +36,8 @@ def test_norm(race, compiled, randn, group_ids, n, d, backward):
         **compiled("gathered, dynamic", lambda x, weight, bias: gathered(x, weight, bias, ids), dynamic=True),
         "group by group": lambda x, weight, bias: group_by_group(x, weight, bias, ids),
     }
+    for name, form in fused(backward).items():
+        forms[name] = lambda x, weight, bias, form=form: form(x, weight, bias, ids)
     race(
         f"group norm {n}×{d}{' with backward' * backward}", passes(forms, inputs, backward, rotated=True),
         flops=(20 if backward else 7) * n * d, bytes=(5 if backward else 2) * inputs[0].nbytes,

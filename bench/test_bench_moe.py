@@ -6,6 +6,7 @@ the weights of the experts they visit, which with x and y are the bytes, and eve
 """
 
 import pytest
+import torch
 
 from bench.peers import moe as peers
 from bench.race import passes
@@ -33,6 +34,7 @@ def test_experts(race, compiled, randn, tokens, d, f, backward):
         "sorted loop": peers.sorted_loop,
         **compiled("sorted loop, compiled", peers.sorted_loop),
         "grouped product": peers.grouped_product,
+        **peers.fused(inputs[0].dtype),
     }
     forms = {"genrec": lambda x, weights, up, down: moe_experts(x, weights, indices, up, down)}
     forms |= {name: (lambda *leaves, form=form: form(*leaves, indices)) for name, form in plain.items()}
@@ -47,7 +49,7 @@ def test_experts(race, compiled, randn, tokens, d, f, backward):
 
 @pytest.mark.parametrize("tokens", sizes([32], [1, 8192]))
 def test_route(race, compiled, randn, tokens):
-    logits = randn(tokens, EXPERTS)
+    logits = randn(tokens, EXPERTS, dtype=torch.float32)
 
     def plain():
         return peers.route(logits, TOP_K)

@@ -26,7 +26,7 @@ from genrec.kernels import relu_attention, relu_attention_varlen
 )
 def test_dense(race, compiled, randn, b, length, d, causal, backward):
     heads, inputs = 4, [randn(b, 4, length, d) for _ in range(3)]
-    hidden = torch.full((length, length), -torch.inf).triu(1) if causal else torch.zeros(length, length)
+    hidden = (torch.full((length, length), -torch.inf).triu(1) if causal else torch.zeros(length, length)).to(inputs[0])
 
     def definition(q, k, v):
         out = peers.plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden)
@@ -97,7 +97,7 @@ def test_packed_histories(race, compiled, randn, batch, longest, limited, backwa
 def test_decoding(race, compiled, randn, keys):
     """30 beams of 8 requests, one step: the beams of a request are rows that share its keys."""
     q, k, v = randn(8, 4, 30, 32), randn(8, 4, keys, 32), randn(8, 4, keys, 32)
-    hidden = torch.zeros(30, keys)
+    hidden = torch.zeros(30, keys).to(q)
 
     def definition():
         return peers.plain(*(x.flatten(0, 1) for x in (q, k, v)), hidden).unflatten(0, (8, 4))

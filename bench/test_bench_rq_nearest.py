@@ -5,6 +5,7 @@ FLOPs are those of the inner products, 2 · N · K · D for each level; bytes th
 """
 
 import pytest
+import torch
 
 from bench.peers.rq_nearest import addmm, residual, searches
 from bench.sizes import sizes
@@ -20,7 +21,7 @@ def distance(x, quantized):
 @pytest.mark.parametrize("n", sizes([64], [1, 2048], [131072]))
 @pytest.mark.parametrize("k", sizes([1024], [4096, 16384]))
 def test_nearest(race, compiled, randn, n, k):
-    x, codebook = randn(n, DIM), randn(k, DIM)
+    x, codebook = randn(n, DIM, dtype=torch.float32), randn(k, DIM, dtype=torch.float32)
     forms = searches() | compiled("addmm, compiled", addmm)
     contenders = {"genrec": lambda: rq_nearest(x, [codebook])[0][:, 0]}
     contenders |= {name: (lambda search=search: search(x, codebook)) for name, search in forms.items()}
@@ -34,7 +35,8 @@ def test_nearest(race, compiled, randn, n, k):
 @pytest.mark.parametrize("n", sizes([64], [2048]))
 @pytest.mark.parametrize("levels", sizes([[256, 256, 256]], [[1024, 4096, 16384]]), ids=str)
 def test_residual(race, compiled, randn, n, levels):
-    x, codebooks = randn(n, DIM), [randn(k, DIM) / (level + 1) for level, k in enumerate(levels)]
+    x = randn(n, DIM, dtype=torch.float32)
+    codebooks = [randn(k, DIM, dtype=torch.float32) / (level + 1) for level, k in enumerate(levels)]
     contenders = {"genrec": lambda: rq_nearest(x, codebooks)}
     forms = {name: residual(search) for name, search in searches().items()}
     forms |= compiled("addmm, compiled", residual(addmm))

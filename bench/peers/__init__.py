@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
+
 ABSENT: set[str] = set()  # packages that would have run here
+
+
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU: some peers are for it alone."""
+    return torch.get_default_device().type == "cuda"
 
 
 def installed(module: str, package: str) -> ModuleType | None:

@@ -1,11 +1,16 @@
-"""A mixture of SwiGLU experts in PyTorch: arguments x (T, D), weights (T, k), w_gate_up (E, 2F, D), w_down (E, D, F),
-indices (T, k)."""
+"""A mixture of SwiGLU experts in PyTorch, and in the kernels of others: arguments x (T, D), weights (T, k), w_gate_up
+(E, 2F, D), w_down (E, D, F), indices (T, k)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bench.peers import installed, on_gpu
 
 
 def sorted_loop(x: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, indices: Tensor) -> Tensor:
@@ -35,10 +40,33 @@ def _by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _weighted_sum(weights: Tensor, out: Tensor, order: Tensor) -> Tensor:
     position = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    return torch.bmm(weights[:, None], out.index_select(0, position).view(*weights.shape, -1))[:, 0]
+    return torch.bmm(weights[:, None].to(out.dtype), out.index_select(0, position).view(*weights.shape, -1))[:, 0]
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Fair: two fused operators of PyTorch and a division."""
     kept, indices = logits.softmax(1).topk(top_k)
     return kept / kept.sum(1, keepdim=True), indices.int()
+
+
+def fused(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """Fair: whole dropless mixtures in kernels of their own, with the routing given, as ours has it."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if not on_gpu():
+        return found
+    if liger := installed("liger_kernel.ops.fused_moe", "liger-kernel"):
+        function = liger.LigerFusedMoEFunction
+        found["liger"] = lambda x, w, up, down, ids: function.apply(x, up, down, ids, w.to(x.dtype))
+    sonic = installed("sonicmoe.functional", "sonic-moe")
+    if sonic and dtype != torch.float32:  # it computes in 16 bits alone
+        found["sonic-moe"] = lambda x, w, up, down, ids: _sonic(sonic, x, w, up, down, ids)
+    return found
+
+
+def _sonic(sonic: Any, x: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, indices: Tensor) -> Tensor:
+    tokens = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(indices.shape[1])
+    return sonic.moe_general_routing_inputs(
+        x, weights.flatten(), tokens, indices.flatten(), w_gate_up.permute(1, 2, 0), None, w_down.permute(1, 2, 0),
+        None, len(w_down), torch.cuda.current_stream().cuda_stream, sonic.ActivationType.SWIGLU,
+        is_concatenated_gate_up=True,
+    )[0]  # fmt: skip

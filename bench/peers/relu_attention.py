@@ -26,7 +26,7 @@ def padded(lengths: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
         heads, d = q.shape[1:]
         distance = (grid[:, None] - grid).clamp(0, bias.shape[1] - 1)
         q, k, v = (q.new_zeros(batch, longest, heads, d).index_put((real,), x).transpose(1, 2) for x in (q, k, v))
-        scores = q * d**-0.5 @ k.transpose(2, 3) + (bias[:, distance] + hidden)
+        scores = q * d**-0.5 @ k.transpose(2, 3) + (bias[:, distance] + hidden.to(q.dtype))
         return (scores.relu() @ v / lengths[:, None, None, None]).transpose(1, 2)[real]
 
     return attention

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers import installed
+from bench.peers import installed, on_gpu
 
 Search = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,9 +29,14 @@ def cdist(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def searches() -> dict[str, Search]:
-    """PyTorch's forms, and on the CPU the libraries people take for it, where they are installed."""
+    """PyTorch's forms, and the libraries people take for it, where they are installed. Fair: each is tuned for just
+    this search on its device."""
     found: dict[str, Search] = {"addmm": addmm, "addmm in chunks": addmm_in_chunks, "cdist": cdist}
-    if torch.get_default_device().type != "cpu":
+    if on_gpu():
+        if kmeans := installed("flash_kmeans.assign_euclid_triton", "flash-kmeans"):
+            found["flash-kmeans"] = lambda x, codebook: kmeans.euclid_assign_triton(
+                x[None], codebook[None], x.square().sum(1)[None]
+            )[0].long()
         return found
     if metrics := installed("sklearn.metrics", "scikit-learn"):
         nearest = metrics.pairwise_distances_argmin

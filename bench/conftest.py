@@ -49,7 +49,7 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
     group.addoption("--bench-dtype", choices=DTYPES, help="float32 unless told otherwise; bfloat16 on CUDA")
     group.addoption("--bench-threads", type=int, default=2, help="threads of torch on the CPU")
-    group.addoption("--bench-seconds", type=float, default=0.4, help="for each contender of each case")
+    group.addoption("--bench-seconds", type=float, default=0.3, help="for each contender of each case")
     group.addoption("--bench-csv", type=Path, help="also write the table to this file")
     group.addoption("--bench-baseline", type=Path, help="a table of before: fail where a ratio fell")
     group.addoption("--bench-tolerance", type=float, default=0.3, help="share of itself that a ratio may fall by")
@@ -202,7 +202,8 @@ def pytest_sessionfinish(session):
     if not ROWS:
         return
     device = option("--bench-device")
-    memory = measured_in_child([str(Path(__file__).parent), *_same_cases(session.config)])
+    arguments = _same_cases(session.config)
+    memory = measured_in_child([str(Path(__file__).parent), *arguments]) if arguments else {}
     rates = {"matmul_rate": matmul_rate(device, dtype_of(session.config)), "copy_rate": copy_rate(device)}
     ROWS[:] = [replace(row, memory=memory.get(row.case, {}).get(row.contender, math.nan), **rates) for row in ROWS]
     blank = replace(ROWS[0], op="", case=table.ABSENT, series="", axis="", at=math.nan, goal=math.nan,
@@ -215,7 +216,11 @@ def pytest_sessionfinish(session):
 
 
 def _same_cases(config):
-    operators = [word for name in config.getoption("--bench-op") or () for word in ("--bench-op", name)]
+    """Arguments of a run of the same cases that take memory; none where there are none."""
+    measured = set(config.getoption("--bench-op") or OPERATORS) - {"overhead"}  # whose calls take no memory
+    operators = [f"--bench-op={name}" for name in sorted(measured)]
+    if not measured:
+        return []
     device, threads = config.getoption("--bench-device"), config.getoption("--bench-threads")
     dtype = str(dtype_of(config)).removeprefix("torch.")
     return [

@@ -56,8 +56,8 @@ def _faiss_codes(faiss: ModuleType, x: Tensor, codebooks: list[Tensor]) -> Calla
 
 
 def _faiss_codebooks(faiss: ModuleType, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Fair: as many iterations as ours, from random rows and on 256 rows a code, its defaults: both save time, and the
-    error is no worse for them."""
+    """Fair: as many iterations as ours, from random rows and on at most 256 rows a code, which are its defaults: both
+    save time and cost no more than a hundredth of the error."""
     quantizer = _faiss_quantizer(faiss, sizes, x.shape[1])
     quantizer.train_type = faiss.ResidualQuantizer.Train_default
     quantizer.cp.niter = ITERATIONS
@@ -77,8 +77,8 @@ def _faiss_quantizer(faiss: ModuleType, sizes: Sequence[int], dim: int) -> Any:
 
 
 def _mini_batches(cluster: ModuleType, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Fair: random seeds and batches of 4096, the quickest settings that end as well as the others, and it stops when
-    nothing more is gained; what a level leaves over is found by the fastest search there is, ours."""
+    """Fair: of seeds and batch sizes, quick ones that end about as well as whole passes, and it stops when nothing more
+    is gained; what a level leaves over is found by the fastest search there is, ours."""
     codebooks: list[Tensor] = []
     for size in sizes:
         rest = x - rq_nearest(x, codebooks)[1] if codebooks else x

@@ -60,7 +60,8 @@ def ratios(cases: Sequence[Case], changes: Mapping[str, Change], what: str = "sp
 def overview(cases: Sequence[Case]) -> str:
     """A dot for every case, a row for every operator and pass."""
     rows: dict[str, list[float]] = {}
-    for case in cases:
+    order = list(TITLES)
+    for case in sorted(cases, key=lambda case: order.index(case.ours.op) if case.ours.op in order else len(order)):
         way = f", {BACKWARD}" if BACKWARD in case.name else ""
         rows.setdefault(title_of(case.ours.op) + way, []).append(case.ratio)
     figure, (panel,) = new_figure(1, height=0.75 + 0.3 * len(rows), width=8.4)
@@ -113,6 +114,7 @@ def roofline(cases: Sequence[Case]) -> str:
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_title("GFLOP/s")
     panel.set_xlabel("FLOPs per byte")
     legend(panel)
@@ -138,6 +140,7 @@ def costs(name: str, cases: Sequence[Case]) -> str:
     panel.set_xticks(places, [f"{place:g}" for place in places])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_title("milliseconds")
     panel.set_xlabel(cases[0].ours.axis)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, handlelength=1.2)

@@ -20,7 +20,7 @@ def module_list(modules: Iterable[M]) -> Sequence[M]:
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, which on a CPU draws one element after the other on one thread and took a fifth of a training step.
+    """nn.Dropout, which on a CPU draws one element after the other on one thread and took a sixth of a training step.
     Sixteen random bits an element do; four elements share a draw."""
 
     def __init__(self, p: float) -> None:

@@ -34,6 +34,7 @@ from genrec.benchmarks.results import Row
 # See _distance: between results that were rounded and summed in different orders.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
+NOTES: list[str] = []  # what went wrong, for the end
 ROWS: list[Row] = []
 MEMORY: dict[str, dict[str, int]] = {}  # case → contender → bytes, in the child that measures it
 SIZES = ["smoke", "default", "full"]
@@ -202,8 +203,12 @@ def pytest_sessionfinish(session):
     if not ROWS:
         return
     device = option("--bench-device")
-    arguments = _same_cases(session.config)
-    memory = measured_in_child([str(Path(__file__).parent), *arguments]) if arguments else {}
+    memory, arguments = {}, _same_cases(session.config)
+    if arguments and session.exitstatus != pytest.ExitCode.INTERRUPTED:
+        try:
+            memory = measured_in_child(arguments)
+        except RuntimeError as error:  # what was timed is not thrown away for it
+            NOTES.append(f"memory was not measured: {error}")
     rates = {"matmul_rate": matmul_rate(device, dtype_of(session.config)), "copy_rate": copy_rate(device)}
     ROWS[:] = [replace(row, memory=memory.get(row.case, {}).get(row.contender, math.nan), **rates) for row in ROWS]
     blank = replace(ROWS[0], op="", case=table.ABSENT, series="", axis="", at=math.nan, goal=math.nan,
@@ -217,14 +222,14 @@ def pytest_sessionfinish(session):
 
 def _same_cases(config):
     """Arguments of a run of the same cases that take memory; none where there are none."""
-    measured = set(config.getoption("--bench-op") or OPERATORS) - {"overhead"}  # whose calls take no memory
-    operators = [f"--bench-op={name}" for name in sorted(measured)]
+    measured = sorted({row.op for row in ROWS} - {"overhead"})  # whose calls take none
     if not measured:
         return []
     device, threads = config.getoption("--bench-device"), config.getoption("--bench-threads")
     dtype = str(dtype_of(config)).removeprefix("torch.")
     return [
-        *operators, f"--bench-size={size_of(config)}", f"--bench-device={device}", f"--bench-threads={threads}",
+        *config.args, *(f"--bench-op={name}" for name in measured), "-k", config.getoption("keyword"),
+        f"--bench-size={size_of(config)}", f"--bench-device={device}", f"--bench-threads={threads}",
         f"--bench-dtype={dtype}",
     ]  # fmt: skip
 
@@ -249,6 +254,8 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{case.name:64} {_time(case.ours.seconds):>9} {peer:>34} {case.ratio:6.2f}× {goal:>5} "
             f"{'' if math.isnan(share) else f'{share:.0%}':>6} {_memory(case):>16}"
         )
+    for note in NOTES:
+        write(note, red=True)
     if ABSENT:
         write(f"absent, not installed: {', '.join(sorted(ABSENT))}")
     tolerance = config.getoption("--bench-tolerance")

@@ -18,14 +18,14 @@ ITERATIONS = 25  # of k-means, as many as ours
 
 
 def assigners(x: Tensor, codebooks: list[Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """Items (N, D) → codes (N, levels). Fair: of the searches that `rq_nearest` is raced against, those that are fast
-    on many rows, level by level."""
+    """Items (N, D) → codes (N, levels). Fair: of the searches that `rq_nearest` is raced against, the fast ones that do
+    not hold the distances of all rows at once, level by level."""
 
     def level_by_level(search: Search) -> Callable[[], Tensor]:
         form = residual(search)
         return lambda: form(x, codebooks)[0]
 
-    slow = {"cdist", "scikit-learn"}
+    slow = {"addmm", "cdist", "scikit-learn"}
     found = {name: level_by_level(search) for name, search in searches().items() if name not in slow}
     if faiss := installed("faiss", "faiss-cpu"):
         found["faiss RQ"] = _faiss_codes(faiss, x, codebooks)

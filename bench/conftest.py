@@ -38,6 +38,7 @@ NOTES: list[str] = []  # what went wrong, for the end
 ROWS: list[Row] = []
 MEMORY: dict[str, dict[str, int]] = {}  # case → contender → bytes, in the child that measures it
 SIZES = ["smoke", "default", "full"]
+ON_THE_CPU = {"training", "generation", "tokenizer", "features"}  # wherever the operators' tensors are
 DTYPES = ["float32", "bfloat16", "float16"]
 OPERATORS = sorted(path.stem.removeprefix("test_bench_") for path in Path(__file__).parent.glob("test_bench_*.py"))
 
@@ -73,7 +74,8 @@ def pytest_collection_modifyitems(config, items):
     left_out = []
     for item in items:
         marks = [SIZES.index(mark.args[0]) for mark in item.iter_markers("size")]
-        wanted = item.path.stem.removeprefix("test_bench_") in operators
+        name = item.path.stem.removeprefix("test_bench_")
+        wanted = name in operators and not (name in ON_THE_CPU and config.getoption("--bench-device") != "cpu")
         if not wanted or max(marks, default=0) > largest:
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)

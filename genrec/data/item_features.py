@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ def item_features(
     if words is None or together is None:
         text_dim, cooccurrence_dim = (0, dim) if words is None else (dim, 0)
     halves = []
+    importlib.import_module("sklearn.utils.extmath")  # it brings a BLAS, and only those that are there are limited
     with threadpool_limits(limits=1):  # BLAS sums in another order on another number of threads
         if words is not None:
             left, singular = _truncated_svd(words, text_dim, seed)

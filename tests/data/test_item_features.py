@@ -1,5 +1,6 @@
 """Item features against dense formulas, and on catalogues that are too small or too silent for them."""
 
+import subprocess
 import sys
 from types import ModuleType
 
@@ -110,3 +111,22 @@ def test_minilm_embeddings_are_reduced(monkeypatch):
     features = item_features(TEXTS, pairs(), text_dim=4, cooccurrence_dim=0, text_encoder="minilm")[1:]
     assert features.shape == (6, 4)
     assert features[0] @ features[1] > features[0] @ features[3]
+
+
+def test_every_blas_is_limited_from_the_first_call_on():
+    """One that is loaded later would sum on all cores, and the first features would differ from the next by an ulp."""
+    code = """
+import numpy as np
+from threadpoolctl import threadpool_info
+from genrec.data import item_features as module
+svd = module._truncated_svd
+def watched(*arguments):
+    result = svd(*arguments)
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    assert blas and {library["num_threads"] for library in blas} == {1}, blas
+    return result
+module._truncated_svd = watched
+pairs = {"a": [1, 2], "b": [2, 3], "count": [3, 4], "distance": [1, 1]}
+module.item_features([""] * 3, {name: np.array(values) for name, values in pairs.items()}, 0, 2)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

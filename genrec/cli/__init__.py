@@ -74,7 +74,7 @@ def _run(command: str, argv: list[str]) -> int:
             command, config_class, argv = f"{command} {argv[0]}", kinds[argv[0]], argv[1:]
         else:
             print(f"{module.__doc__}\ngenrec {command} {{{','.join(kinds)}}} --help explains its keys.")
-            return 0 if argv else 2
+            sys.exit(0 if argv else 2)  # as argparse does for the others
     module.run(_parse(command, config_class, str(module.__doc__), argv))
     return 0
 

@@ -121,6 +121,8 @@ def test_refusals(trained, tmp_path, refused, capsys, monkeypatch):
     refused(["profile", "everything"], 2, "unknown kind 'everything'; expected one of train, generate, op")
     users = ["--model", str(trained / "model"), "--out", str(tmp_path), "--users", "1000"]
     refused(["profile", "generate", *users], 2, "users is 1000; expected 1 to")
-    assert main(["profile"]) == 2
-    assert main(["profile", "--help"]) == 0
-    assert "genrec profile {train,generate,op} --help" in capsys.readouterr().out
+    for arguments, code in ([], 2), (["--help"], 0):
+        with pytest.raises(SystemExit) as stop:
+            main(["profile", *arguments])
+        assert stop.value.code == code
+        assert "genrec profile {train,generate,op} --help" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
     group.addoption("--bench-dtype", choices=DTYPES, help="float32 unless told otherwise; bfloat16 on CUDA")
     group.addoption("--bench-threads", type=int, default=2, help="threads of torch on the CPU")
-    group.addoption("--bench-seconds", type=float, default=0.3, help="for each contender of each case")
+    group.addoption("--bench-seconds", type=float, default=0.2, help="for each contender of each case")
     group.addoption("--bench-csv", type=Path, help="also write the table to this file")
     group.addoption("--bench-baseline", type=Path, help="a table of before: fail where a ratio fell")
     group.addoption("--bench-tolerance", type=float, default=0.3, help="share of itself that a ratio may fall by")

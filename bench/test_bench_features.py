@@ -19,7 +19,7 @@ from genrec.data.config import FeaturesConfig
 from genrec.data.sequences import load_sequences
 
 
-@pytest.mark.parametrize("events", sizes([20_000], [1_000_000], [5_000_000]))
+@pytest.mark.parametrize("events", sizes([20_000], [500_000], [1_000_000, 5_000_000]))
 def test_features(race, tmp_path, events):
     if not (polars := installed("polars", "polars")):
         pytest.skip("polars is not installed")

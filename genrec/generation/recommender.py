@@ -1,26 +1,27 @@
-"""Histories in, items out: the trained model as one object."""
+"""Histories in, items out: the trained model as one module, and its whole answer as one static graph."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from genrec.data.sequences import last_events, take_users
-from genrec.generation.beam_search import beam_search
-from genrec.generation.requests import token_batch
+from genrec.data.sequences import take_users
+from genrec.generation.beam_search import Normalize, beam_search
+from genrec.generation.requests import Request, padded_request
 from genrec.generation.trie import Trie
-from genrec.interfaces import EventSequences, SemanticIds
+from genrec.interfaces import EventSequences, SemanticIds, TokenType
 from genrec.kernels.ranges import span
-from genrec.models.ugt import UGT
+from genrec.models.ugt import UGT, PaddedTokens
 
-Mode = Literal["mixed", "beam", "items"]
+Mode = Literal["mixed", "rerank", "beam", "items"]
+Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -28,35 +29,81 @@ class RecommenderConfig:
     """How the model's two opinions become one list."""
 
     beams: int = 50
-    """width of the beam search"""
+    """width of the beam search; top_k where that is more"""
     alpha: float = 2.0
     """weight of the item head's log-probability beside the beam's"""
     mode: Mode = "mixed"
-    """mixed: both; beam: the beam search alone; items: the item head alone"""
+    """mixed: both, over the whole catalogue; rerank: both, over the beam's items, at a cost that does not grow with the
+    catalogue; beam: the beam search alone; items: the item head alone"""
     exclude_seen: bool = True
     """leave out the items of the user's own history"""
+    normalize: Normalize = "children"
+    """children: a code's probability is taken over the codes that lead on to an item; level: over all of its level"""
+    top_k: int = 10
+    """items of an answer, where the caller does not say"""
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name, values in (("mode", Mode), ("normalize", Normalize)):
+            if (value := getattr(self, name)) not in values.__args__:  # type: ignore[attr-defined]
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(values.__args__)}")  # type: ignore[attr-defined]
 
 
-class Recommender:
-    """Implements genrec.interfaces.Ranker on a UGT."""
+class _Opinions(NamedTuple):
+    """What the beam search and the item head say of C candidates, -inf where an item must not come back."""
+
+    items: Tensor | None  # (B, C) int64; None where candidate i is item i, the whole catalogue
+    beam: Tensor  # (B, C) float32 log-probabilities
+    item_head: Tensor | None  # (B, C) float32
+
+
+class Recommender(nn.Module):
+    """Implements genrec.interfaces.Ranker on a UGT. It is a snapshot: what follows from the weights alone is computed
+    here, so make a new one after training them further."""
+
+    item_vectors: Tensor
 
     def __init__(self, model: UGT, config: RecommenderConfig, batch_size: int = 128) -> None:
+        super().__init__()
         self.model, self.config, self.batch_size = model.eval(), config, batch_size
-        self.device = model.codes.device
         semantic_ids = SemanticIds(model.codes.cpu().numpy(), model.vocabulary.codebook_sizes)
-        self.trie = Trie(semantic_ids, self.device)
+        self.trie = Trie(semantic_ids).to(model.codes.device)
+        with torch.no_grad():
+            self.register_buffer("item_vectors", model.item_vectors(), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.item_vectors.device
+
+    def forward(self, history: Tensor, *fields: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole answer: no host loop over data, no synchronisation, any batch and length.
+
+        Args:
+            history: (B, L) int64, item indices of the events, oldest first. 0 is padding, wherever it stands; what is
+                no item of the catalogue, such as -1, is an event with an item that the model does not know.
+            fields: for a model that reads more than items, what it reads of the same events, in the order of TokenType:
+                actions and times (B, L), contexts (B, L, columns); int64, 0 where not known.
+
+        Returns:
+            item_ids (B, top_k) int64 and scores (B, top_k) float32, falling. Where there are fewer items, and for a
+            request without events, item 0 and score -inf.
+        """
+        top_k = self.config.top_k
+        return self._best(self._opinions(history, fields, top_k), self.config.alpha, top_k)
 
     def rank(self, histories: EventSequences, top_k: int) -> NDArray[np.int64]:
         """(U, top_k) item indices, best first; 0 where there are fewer. Histories without events get no items."""
         return self.rank_scored(histories, top_k)[0]
 
-    def rank_scored(self, histories: EventSequences, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def rank_scored(self, histories: EventSequences, top_k: int) -> Ranking:
         """As `rank`, with the scores (U, top_k) float32, falling, -inf where there is no item."""
         return self.rank_by_alpha(histories, top_k, (self.config.alpha,))[0]
 
-    def rank_by_alpha(
-        self, histories: EventSequences, top_k: int, alphas: Sequence[float]
-    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    @torch.inference_mode()
+    def rank_by_alpha(self, histories: EventSequences, top_k: int, alphas: Sequence[float]) -> list[Ranking]:
         """As `rank_scored`, once for every alpha; the model runs only once."""
         shape = (len(histories), top_k)
         results = [(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)) for _ in alphas]
@@ -66,55 +113,89 @@ class Recommender:
         for begin in range(0, len(users), self.batch_size):
             chosen = users[begin : begin + self.batch_size]
             with span("request", users=len(chosen), beams=self.config.beams, top_k=top_k):
-                beam, item_head = self._opinions(take_users(histories, chosen), top_k)
-            for alpha, (items, scores) in zip(alphas, results, strict=True):
-                score, best = (beam + self._item_weight(alpha) * item_head).topk(min(top_k, beam.shape[1]))
-                items[chosen, : best.shape[1]] = best.masked_fill(score.isneginf(), 0).cpu().numpy()
-                scores[chosen, : best.shape[1]] = score.cpu().numpy()
+                request = self.request(take_users(histories, chosen))
+                opinions = self._opinions(request.history, request.fields, top_k)
+                for alpha, (items, scores) in zip(alphas, results, strict=True):
+                    best, score = self._best(opinions, alpha, top_k)
+                    items[chosen], scores[chosen] = best.cpu().numpy(), score.cpu().numpy()
         return results
 
-    def _item_weight(self, alpha: float) -> float:
-        return {"mixed": alpha, "beam": 0.0, "items": 1.0}[self.config.mode]
+    def request(self, histories: EventSequences) -> Request:
+        """The arguments of `forward` for these users."""
+        return padded_request(histories, self.model.config.types, self.device)
 
-    @torch.inference_mode()
-    def _opinions(self, histories: EventSequences, top_k: int) -> tuple[Tensor, Tensor]:
-        """What the beam search and what the item head say of every item, each (B, N + 1) log-probabilities; the beam's
-        are -inf for what must not be recommended."""
-        model = self.model
-        tokens = token_batch(last_events(histories, model.config.max_events), model.config, self.device)
-        vectors = model.item_vectors()
-        encoded = model.encode(tokens, vectors)
-        last_tokens = tokens.cu_seqlens[1:].long() - 1
-        users = encoded[last_tokens]
-        forbidden = self._forbidden(histories)
-        item_head = model.item_logits(users, vectors).float().log_softmax(-1)
-        if self.config.mode == "items":
-            beam = torch.zeros_like(item_head)
-        else:
-            start = model.decoder_start(users, tokens.positions[last_tokens] + 1)
-            width = max(self.config.beams, top_k)
-            items, log_probs = beam_search(model, model.memory(encoded, tokens), start, self.trie, width, forbidden)
-            beam = _spread(items, log_probs, item_head.shape[1], self.config.mode)
-        return beam.masked_fill(forbidden, -math.inf), item_head
+    def _opinions(self, history: Tensor, fields: Sequence[Tensor], top_k: int) -> _Opinions:
+        model, mode = self.model, self.config.mode
+        tokens = self._tokens(history, fields)
+        encoded = model.encode(tokens, self.item_vectors)
+        users = model.users(encoded, tokens)
+        seen = self._known(history) if self.config.exclude_seen else torch.zeros_like(history[:, :1])
+        nothing = (tokens.lengths == 0)[:, None]
+        if mode == "items":
+            item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
+            return _Opinions(None, _hide(torch.zeros_like(item_head), seen, nothing), item_head)
+        start, memory = model.first_row(users, tokens), model.memory(encoded, tokens)
+        width = max(self.config.beams, top_k)
+        items, beam = beam_search(model, memory, start, self.trie, width, seen, self.config.normalize)
+        if mode == "mixed":
+            item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
+            return _Opinions(None, _hide(_spread(items, beam, item_head.shape[1]), seen, nothing), item_head)
+        beam = beam.masked_fill(nothing, -math.inf)
+        if mode == "rerank":
+            item_head = model.some_item_logits(users, self.item_vectors, items).float().log_softmax(-1)
+            return _Opinions(items, beam, item_head)
+        return _Opinions(items, beam, None)
 
-    def _forbidden(self, histories: EventSequences) -> Tensor:
-        """(B, N + 1) bool: the out-of-vocabulary item, and what the user has had in the whole history given."""
-        forbidden = torch.zeros(len(histories), len(self.model.codes), dtype=torch.bool, device=self.device)
-        forbidden[:, 0] = True
-        if self.config.exclude_seen:
-            rows = np.repeat(np.arange(len(histories)), np.diff(histories.cu_events))
-            forbidden[torch.from_numpy(rows), torch.from_numpy(histories.item_ids.astype(np.int64))] = True
-        return forbidden
+    def _best(self, opinions: _Opinions, alpha: float, top_k: int) -> tuple[Tensor, Tensor]:
+        """→ items (B, top_k) and scores (B, top_k)."""
+        weight = 1.0 if self.config.mode == "items" else alpha
+        total = opinions.beam if opinions.item_head is None else opinions.beam + weight * opinions.item_head
+        width = min(top_k, total.shape[1])
+        scores, best = total.topk(width)
+        items = best if opinions.items is None else opinions.items.gather(1, best)
+        items = items.masked_fill(scores.isneginf(), 0)
+        if width < top_k:
+            missing = (0, top_k - width)
+            items, scores = nn.functional.pad(items, missing), nn.functional.pad(scores, missing, value=-math.inf)
+        return items, scores
+
+    def _known(self, history: Tensor) -> Tensor:
+        """Item indices, 0 for what is no item of the catalogue."""
+        return torch.where((history > 0) & (history <= self.model.vocabulary.items), history, 0)
+
+    def _tokens(self, history: Tensor, fields: Sequence[Tensor]) -> PaddedTokens:
+        """The last events that the model reads, without the padding between them, as tokens."""
+        config = self.model.config
+        kinds, columns = [TokenType.ITEM], [self._known(history).unsqueeze(-1)]
+        for kind, field in zip(config.types[1:], fields, strict=True):
+            field = field.unsqueeze(-1) if field.dim() == 2 else field
+            size = self.model.vocabulary.type_sizes[kind]
+            columns.append(torch.where((field > 0) & (field < size), field, 0))
+            kinds += [kind] * field.shape[-1]
+        events = torch.cat(columns, -1)  # (B, L, tokens of an event)
+        real = history != 0
+        count = real.sum(1)
+        place = real.cumsum(1) - 1 - (count - config.max_events).clamp(min=0)[:, None]
+        place = torch.where(real & (place >= 0), place, history.shape[1])  # the last place takes what is not read
+        room = nn.functional.pad(torch.zeros_like(events), (0, 0, 0, 1))
+        events = room.scatter(1, place[..., None].expand_as(events), events)[:, :-1][:, : config.max_events]
+        positions = torch.arange(events.shape[1], device=events.device)[:, None].expand(events.shape)
+        types = torch.tensor(kinds, device=events.device).expand(events.shape)
+        lengths = count.clamp(max=config.max_events) * len(kinds)
+        return PaddedTokens(events.flatten(1), types.flatten(1), positions.flatten(1), lengths)
 
 
-def _spread(items: Tensor, log_probs: Tensor, size: int, mode: Mode) -> Tensor:
+def _hide(scores: Tensor, seen: Tensor, nothing: Tensor) -> Tensor:
+    """Scores (B, N + 1) without item 0 and the items in seen (B, X); without any where nothing (B, 1)."""
+    return scores.scatter(1, nn.functional.pad(seen, (1, 0)), -math.inf).masked_fill(nothing, -math.inf)
+
+
+def _spread(items: Tensor, log_probs: Tensor, size: int) -> Tensor:
     """Beam results (B, W) over the whole catalogue → (B, size).
 
     An item outside the beam is at most as likely as the last one inside. The mixed score grants it exactly that, so the
-    item head can still bring it in; beam alone leaves it out.
+    item head can still bring it in.
     """
-    if mode == "beam":
-        return log_probs.new_full((len(items), size), -math.inf).scatter(1, items, log_probs)
     worst = log_probs.masked_fill(log_probs.isneginf(), math.inf).amin(1, keepdim=True)
     worst = worst.masked_fill(worst.isposinf(), 0.0)  # an empty beam: the item head alone decides
     return worst.expand(-1, size).scatter(1, items, torch.maximum(log_probs, worst))

@@ -21,20 +21,20 @@ SHAPES = [
 ]
 
 
-def search(model, users, beams, forbidden=None):
-    tokens = token_batch(small.sequences(users, types=small.ALL_TYPES), model.config)
+def search(model, users, beams, excluded=None, normalize="children"):
+    tokens = token_batch(small.sequences(users, types=small.ALL_TYPES), model.config).padded()
     encoded = model.encode(tokens, model.item_vectors())
-    last = tokens.cu_seqlens[1:].long() - 1
-    start = model.decoder_start(encoded[last], tokens.positions[last] + 1)
-    return beam_search(model, model.memory(encoded, tokens), start, trie_of(model), beams, forbidden)
+    start = model.first_row(model.users(encoded, tokens), tokens)
+    return beam_search(model, model.memory(encoded, tokens), start, trie_of(model), beams, excluded, normalize)
 
 
 def trie_of(model):
     return Trie(SemanticIds(model.codes.numpy(), model.vocabulary.codebook_sizes))
 
 
-def brute_force(model, users):
-    """(B, N + 1) log-probability of every item: teacher-forced, each code against its siblings; -inf for item 0."""
+def brute_force(model, users, normalize="children"):
+    """(B, N + 1) log-probability of every item: teacher-forced, each code against its siblings, or against its level;
+    -inf for item 0."""
     codes = [tuple(row) for row in model.codes[1:].tolist()]
     tokens = token_batch(small.sequences(users, types=small.ALL_TYPES), model.config)
     encoded = model.encode(tokens, model.item_vectors())
@@ -48,9 +48,11 @@ def brute_force(model, users):
         for item, code in enumerate(codes, start=1):
             total = 0.0
             for level in range(model.levels):
-                siblings = sorted({other[level] for other in codes if other[:level] == code[:level]})
+                rivals = sorted({other[level] for other in codes if other[:level] == code[:level]})
                 logits = model.code_logits(level, hidden[item - 1, level]).double()
-                total += float(logits[code[level]] - logits[siblings].logsumexp(0))
+                total += float(
+                    logits[code[level]] - logits[slice(None) if normalize == "level" else rivals].logsumexp(0)
+                )
             scores[user, item] = total
     return scores
 
@@ -61,21 +63,21 @@ def no_gradients():
         yield
 
 
+@pytest.mark.parametrize("normalize", ["children", "level"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_wide_beams_are_brute_force(shape):
+def test_wide_beams_are_brute_force(shape, normalize):
     model = small.model(**shape).double()
     count = shape["items"]
-    items, scores = search(model, USERS, beams=count + 5)
-    truth = brute_force(model, USERS)
-    assert items.shape == scores.shape
-    assert items.shape[1] >= count
-    assert (scores[:, count:] == -math.inf).all()
-    assert (items[:, count:] == 0).all()
-    items, scores = items[:, :count], scores[:, :count]
+    items, scores = search(model, USERS, beams=count + 5, normalize=normalize)
+    truth = brute_force(model, USERS, normalize)
+    assert items.shape == scores.shape == (len(USERS), count), "wider than the catalogue"
     assert torch.equal(items.sort(1).values, torch.arange(1, count + 1).expand(len(USERS), -1))
     assert (scores.diff(dim=1) <= 0).all()
     torch.testing.assert_close(scores.double(), truth.gather(1, items), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(truth.exp().sum(1), torch.ones(len(USERS), dtype=torch.float64))
+    if normalize == "children":
+        torch.testing.assert_close(truth.exp().sum(1), torch.ones(len(USERS), dtype=torch.float64))
+    else:
+        assert (truth.exp().sum(1) < 0.99).all(), "codes that no item has keep their share"
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
@@ -110,16 +112,16 @@ def test_narrow_beams_keep_the_best_prefixes():
 def test_forbidden_items_never_come_back(beams):
     model = small.model(items=30)
     torch.manual_seed(3)
-    forbidden = torch.rand(len(USERS), 31) < 0.5
-    forbidden[2, 1:] = True  # everything
-    items, scores = search(model, USERS, beams, forbidden)
+    excluded = torch.randint(31, (len(USERS), 40))
+    excluded[2, :30] = torch.arange(1, 31)  # everything
+    items, scores = search(model, USERS, beams, excluded)
     for user, found in enumerate(items):
-        assert not forbidden[user, found[found > 0]].any()
+        assert not torch.isin(found[found > 0], excluded[user]).any()
     assert (items[2] == 0).all()
     assert (scores[2] == -math.inf).all()
     if beams == 40:
         for user in (0, 1, 3):
-            expected = [item for item in range(1, 31) if not forbidden[user, item]]
+            expected = [item for item in range(1, 31) if item not in excluded[user]]
             assert sorted(items[user][items[user] > 0].tolist()) == expected
 
 

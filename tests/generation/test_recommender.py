@@ -13,7 +13,7 @@ from genrec.models.ugt import TokenBatch
 
 ITEMS = 30
 USERS = [[3, 7, 7, 1, 9], [], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26], [11, 0, 13], [0], [5]]
-MODES = ("mixed", "beam", "items")
+MODES = ("mixed", "rerank", "beam", "items")
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +176,69 @@ def test_ranking_leaves_the_model_in_evaluation_mode_and_untouched(model):
     rank(model)
     assert not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rerank_scores_the_beam_alone(model):
+    """Both opinions of the beam's items; the item head's log-probability is taken over them."""
+    beam_items, beam_scores = rank(model, top_k=8, mode="beam", beams=8)
+    log_probs = item_log_probs(model).numpy()
+    items, scores = rank(model, top_k=8, mode="rerank", beams=8, alpha=1.5)
+    for user in (0, 2, 3, 4, 5):
+        head = log_probs[user, beam_items[user]].astype(np.float64)
+        total = beam_scores[user] + 1.5 * (head - np.log(np.exp(head).sum()))
+        order = np.argsort(-total)
+        assert items[user].tolist() == beam_items[user][order].tolist()
+        np.testing.assert_allclose(scores[user], total[order], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_may_stand_anywhere(mode):
+    """Zeros before, between and behind the events, in every field, and rows of nothing else."""
+    model = small.model(ITEMS, token_types=small.ALL_TYPES)
+    recommender = Recommender(model, RecommenderConfig(mode=mode, beams=7, top_k=9))
+    generator = torch.Generator().manual_seed(1)
+    sizes = (ITEMS + 1, *small.TYPE_SIZES.values())
+    events = [torch.randint(1, size, (3, 20), generator=generator) for size in sizes]
+    with torch.inference_mode():
+        items, scores = recommender(*events)
+        place = torch.rand(3, 31, generator=generator).argsort(1)[:, :20].sort(1).values
+        spread = [torch.zeros(3, 31, dtype=torch.int64).scatter(1, place, event) for event in events]
+        spread = [torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in spread]
+        others, other_scores = recommender(*spread)
+    assert torch.equal(others[:3], items)
+    torch.testing.assert_close(other_scores[:3], scores)
+    assert (others[3] == 0).all()
+    assert other_scores[3].isneginf().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unknown_items_are_events_of_item_0(model, mode):
+    recommender = Recommender(model, RecommenderConfig(mode=mode, beams=7))
+    request = recommender.request(log_of([[3, 0, 7, 0]]))
+    assert request.history.tolist() == [[3, -1, 7, -1]]
+    other = request.history.clone()
+    other[0, 1], other[0, 3] = ITEMS + 1, 2**40
+    with torch.inference_mode():
+        expected, expected_scores = recommender(*request[:1], *request.fields)
+        items, scores = recommender(other, *request.fields)
+    assert torch.equal(items, expected)
+    assert torch.equal(scores, expected_scores)
+    ranked, ranked_scores = recommender.rank_scored(log_of([[3, 0, 7, 0]]), 10)
+    assert np.array_equal(ranked, expected.numpy())
+    np.testing.assert_array_equal(ranked_scores, expected_scores.numpy())
+
+
+@pytest.mark.parametrize("mode", ["mixed", "rerank", "beam"])
+def test_beams_from_10_to_512(mode):
+    """Beams as wide as the catalogue and wider find what scoring every item finds."""
+    model = small.model(400, (8, 8, 8))
+    results = {beams: rank(model, mode=mode, beams=beams, alpha=0.5) for beams in (10, 400, 512)}
+    assert np.array_equal(results[400][0], results[512][0])
+    np.testing.assert_allclose(results[400][1], results[512][1], rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(results[10][0], results[400][0])
+
+
+@pytest.mark.parametrize(("setting", "value"), [("beams", 0), ("top_k", 0), ("mode", "best"), ("normalize", "all")])
+def test_bad_settings_are_named(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} is {value!r}; expected "):
+        RecommenderConfig(**{setting: value})

@@ -33,7 +33,7 @@ def test_expand_gives_exactly_the_existing_children(codes):
         found = {}
         for row, prefix in enumerate(prefixes):
             for child, code, exists in zip(children[0, row], next_codes[0, row], alive[0, row], strict=True):
-                assert 0 <= child < len(trie.code[level]), "a number that cannot be gathered"
+                assert 0 <= child < trie.nodes[level], "a number that cannot be gathered"
                 if exists:
                     assert (*prefix, int(code)) not in found
                     found[(*prefix, int(code))] = int(child)
@@ -46,12 +46,27 @@ def test_expand_gives_exactly_the_existing_children(codes):
 def test_expand_does_not_depend_on_the_other_nodes(codes, seed):
     trie = build(codes)
     generator = torch.Generator().manual_seed(seed)
-    nodes = torch.randint(len(trie.first_child[-1]) - 1, (3, 4), generator=generator)
+    above = trie.nodes[-2] if trie.levels > 1 else 1
+    nodes = torch.randint(above, (3, 4), generator=generator)
     together = trie.expand(trie.levels - 1, nodes)
     for b in range(3):
         for w in range(4):
             alone = trie.expand(trie.levels - 1, nodes[b : b + 1, w : w + 1])
             assert all(torch.equal(x[b, w], y[0, 0]) for x, y in zip(together, alone, strict=True))
+
+
+@given(CODES, st.integers(0, 10))
+def test_exclude_marks_exactly_the_children_that_are_these_items(codes, seed):
+    trie = build(codes)
+    generator = torch.Generator().manual_seed(seed)
+    above = trie.nodes[-2] if trie.levels > 1 else 1
+    nodes = torch.randint(above, (3, 4), generator=generator)
+    items = torch.randint(len(codes) + 1, (3, 6), generator=generator)
+    children, _, alive = trie.expand(trie.levels - 1, nodes)
+    marked = trie.exclude(nodes, items).isneginf()
+    expected = torch.isin(trie.items[children[0]], items[0])
+    assert torch.equal(marked[0] & alive[0], expected & alive[0])
+    assert not trie.exclude(nodes, torch.zeros_like(items)).any(), "item 0 is no leaf"
 
 
 def test_no_items_and_shared_ids_are_refused():

@@ -42,10 +42,11 @@ def test_teacher_forcing_equals_step_by_step(shape):
     model = small.model(**shape).double()
     tokens = batch(model, USERS)
     per_event = len(model.config.types)
-    encoded = model.encode(tokens, model.item_vectors())
+    vectors = model.item_vectors()
+    encoded = model.encode(tokens, vectors)
     for sequence, user in enumerate(USERS):
-        alone = batch_of_one(tokens, sequence)
-        memory = model.memory(encoded[tokens.cu_seqlens[sequence] : tokens.cu_seqlens[sequence + 1]], alone)
+        alone = batch_of_one(tokens, sequence).padded()
+        memory = model.memory(model.encode(alone, vectors), alone)
         for item in (1, 17):
             hidden = model.decode(encoded, tokens, targets_of(tokens, sequence, [len(user) * per_event], [item]))
             x = model.decoder_start(encoded[tokens.cu_seqlens[sequence + 1] - 1], torch.tensor(len(user)))
@@ -66,6 +67,18 @@ def batch_of_one(tokens, sequence):
         tokens.token_ids[rows], tokens.type_ids[rows], tokens.positions[rows],
         torch.tensor([0, length], dtype=torch.int32), length,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padded_histories_are_encoded_as_packed_ones(shape):
+    """Whatever stands behind a history."""
+    model = small.model(**shape).double()
+    tokens, vectors = batch(model, USERS), model.item_vectors()
+    packed, padded = model.encode(tokens, vectors), tokens.padded()
+    real = torch.arange(padded.token_ids.shape[1]) < padded.lengths[:, None]
+    torch.testing.assert_close(model.encode(padded, vectors)[real], packed)
+    padded.token_ids[~real] = 7
+    torch.testing.assert_close(model.encode(padded, vectors)[real], packed)
 
 
 @pytest.mark.parametrize("types", [("item",), small.ALL_TYPES])

@@ -1,9 +1,10 @@
-"""Packed inputs of a UGT: no padding anywhere, sequences laid end to end."""
+"""Inputs of a UGT: packed for training, sequences laid end to end; padded for generation, one row a request."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,31 @@ class TokenBatch:
     positions: Tensor  # (T,) int64, number of the token's event, from 0
     cu_seqlens: Tensor  # (B + 1,) int32, offsets of the sequences
     max_seqlen: int
+
+    def padded(self) -> PaddedTokens:
+        """The same histories, one row each."""
+        lengths = self.cu_seqlens.diff().long()
+        real = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+
+        def rows(values: Tensor) -> Tensor:
+            return values.new_zeros(real.shape).masked_scatter_(real, values)
+
+        return PaddedTokens(rows(self.token_ids), rows(self.type_ids), rows(self.positions), lengths)
+
+
+@dataclass(frozen=True)
+class PaddedTokens:
+    """The histories of B requests, each at the beginning of a row of S tokens; nobody sees the rest of a row."""
+
+    token_ids: Tensor  # (B, S) int64, id within the token's type
+    type_ids: Tensor  # (B, S) int64, TokenType
+    positions: Tensor  # (B, S) int64, number of the token's event, from 0
+    lengths: Tensor  # (B,) int64, tokens that are there
+
+    @property
+    def last(self) -> Tensor:
+        """(B, 1) int64, the column of the last token; 0 where there is none."""
+        return (self.lengths - 1).clamp(min=0)[:, None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from genrec.kernels import relu_attention
+from genrec.models.ugt.batch import TargetBatch, TokenBatch
 from genrec.models.ugt.config import UGTConfig
 from genrec.models.ugt.layers import Dropout, GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list
 
@@ -20,11 +20,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder reads of B encoded histories, computed once and shared by all targets and beams of a request."""
+    """What the decoder reads of B encoded requests, computed once and shared by all beams."""
 
-    layers: list[KeyValue]  # per decoder layer, k and v (T, H, D / H)
-    cu_seqlens: Tensor  # (B + 1,) int32
-    max_seqlen: int
+    layers: list[KeyValue]  # per decoder layer, k and v (B, H, S, D / H)
+    lengths: Tensor  # (B,) int64, how many of the S tokens are there
 
 
 class DecoderLayer(nn.Module):
@@ -43,17 +42,16 @@ class DecoderLayer(nn.Module):
     def past_and_present(self, hidden: Tensor, past: list[KeyValue]) -> tuple[Tensor, KeyValue]:
         """Self-attention of one new level of every beam, hidden (B, W, D), on the levels before it.
 
-        past[0] is (B, 1, H, D / H), common to all beams of a request and never copied; the others are (B, W, H, D / H).
-        ReLU attention needs no softmax denominator, so the shared and the own keys are simply added.
+        past: k and v of every earlier level, (B, 1, H, D / H) where common to all beams, else (B, W, H, D / H). A row
+        has one key a level, so this is products and sums: ReLU attention has no softmax denominator to wait for.
         """
-        attention, visible = self.self_attention, float(len(past) + 1)
-        q, present = attention.queries(hidden), attention.keys_values(hidden)
-        own = [*past[1:], present] if past else [present]
-        k, v = (torch.stack(t, 3).flatten(0, 1) for t in zip(*own, strict=True))  # (B·W, H, own, D / H)
-        out = relu_attention(q.flatten(0, 1).unsqueeze(2), k, v, normalizer=visible).squeeze(2).view_as(q)
-        if past:
-            k, v = (t.transpose(1, 2) for t in past[0])
-            out = out + relu_attention(q.transpose(1, 2), k, v, normalizer=visible).transpose(1, 2)
+        attention = self.self_attention
+        q, present = (
+            attention.queries(hidden) * (hidden.shape[-1] // attention.heads) ** -0.5,
+            attention.keys_values(hidden),
+        )
+        levels = [*past, present]
+        out = sum((q * k).sum(-1, keepdim=True).relu() * v for k, v in levels) / len(levels)
         return attention.output(out.flatten(2)), present
 
 
@@ -66,49 +64,40 @@ class Decoder(nn.Module):
         self.layers = module_list(DecoderLayer(config, levels) for _ in range(config.decoder_layers))
         self.norm = GroupLayerNorm(config.d_model, levels)
 
-    def memory(self, encoded: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Memory:
-        """Keys and values of encoded (T, D) for every decoder layer."""
-        layers = [layer.cross_attention.keys_values(encoded) for layer in self.layers]
-        return Memory(layers, cu_seqlens, max_seqlen)
-
-    def forward(self, x: Tensor, memory: Memory, key_limit: Tensor, cu_targets: Tensor, max_targets: int) -> Tensor:
-        """All levels of M targets at once.
-
-        x (M, levels, D); key_limit (M,): how many encoder tokens of its sequence a target may see; cu_targets (B + 1,)
-        offsets of the targets of a sequence → (M, levels, D).
-        """
+    def forward(self, x: Tensor, encoded: Tensor, tokens: TokenBatch, targets: TargetBatch) -> Tensor:
+        """All levels of M targets at once: x (M, levels, D), encoded (T, D) → (M, levels, D)."""
         shape, levels = x.shape, self.levels
         group_ids = torch.arange(levels, device=x.device).expand(shape[:2]).flatten()
-        limit, cu_rows = key_limit.repeat_interleave(levels), cu_targets * levels
+        first_tokens = tokens.cu_seqlens[:-1].repeat_interleave(
+            targets.cu_seqlens.diff(), output_size=len(targets.items)
+        )
+        key_limit = (targets.last_tokens + 1 - first_tokens).repeat_interleave(levels)
+        cu_rows, longest = targets.cu_seqlens * levels, targets.max_seqlen * levels
         update, residual = x.flatten(0, 1), None
-        for layer, key_value in zip(self.layers, memory.layers, strict=True):
+        for layer in self.layers:
             hidden, residual = layer.self_norm(update, group_ids, residual)
             update = layer.dropout(layer.self_attention.levels(hidden.view(shape)).flatten(0, 1))
             hidden, residual = layer.cross_norm(update, group_ids, residual)
-            update = layer.dropout(
-                layer.cross_attention.memory(
-                    hidden, key_value, cu_rows, memory.cu_seqlens, max_targets * levels, memory.max_seqlen, limit
-                )
-            )
+            update = layer.dropout(layer.cross_attention.targets(hidden, encoded, tokens, cu_rows, longest, key_limit))
             hidden, residual = layer.moe_norm(update, group_ids, residual)
             update = layer.dropout(layer.moe(hidden))
         return self.norm(update, group_ids, residual)[0].view(shape)
 
+    def memory(self, encoded: Tensor, lengths: Tensor) -> Memory:
+        """Keys and values of encoded (B, S, D) for every decoder layer; lengths (B,) as in PaddedTokens."""
+        layers = [layer.cross_attention.keys_values(encoded) for layer in self.layers]
+        return Memory([(k.transpose(1, 2), v.transpose(1, 2)) for k, v in layers], lengths)
+
     def step(self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]) -> tuple[Tensor, list[KeyValue]]:
         """One level of every beam: x (B, W, D), past[layer][earlier level] → hidden (B, W, D), this level's k and v."""
-        batch, beams, d_model = x.shape
-        group_ids = torch.full((batch * beams,), level, device=x.device)
-        cu_rows = torch.arange(0, batch * beams + 1, beams, device=x.device, dtype=torch.int32)
-        key_limit = memory.cu_seqlens.diff().repeat_interleave(beams, output_size=batch * beams)
-        update, residual, new = x.flatten(0, 1), None, []
+        group_ids = torch.full(x.shape[:2], level, device=x.device)
+        update, residual, new = x, None, []
         for layer, key_value, earlier in zip(self.layers, memory.layers, past, strict=True):
             hidden, residual = layer.self_norm(update, group_ids, residual)
-            update, present = layer.past_and_present(hidden.view(x.shape), earlier)
-            hidden, residual = layer.cross_norm(update.view(-1, d_model), group_ids, residual)
-            update = layer.cross_attention.memory(
-                hidden, key_value, cu_rows, memory.cu_seqlens, beams, memory.max_seqlen, key_limit
-            )
+            update, present = layer.past_and_present(hidden, earlier)
+            hidden, residual = layer.cross_norm(update, group_ids, residual)
+            update = layer.cross_attention.beams(hidden, key_value, memory.lengths)
             hidden, residual = layer.moe_norm(update, group_ids, residual)
-            update = layer.moe(hidden)
+            update = layer.moe(hidden.flatten(0, 1)).view(x.shape)
             new.append(present)
-        return self.norm(update, group_ids, residual)[0].view(x.shape), new
+        return self.norm(update, group_ids, residual)[0], new

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from genrec.interfaces import TokenType
-from genrec.models.ugt.batch import TokenBatch
+from genrec.models.ugt.batch import PaddedTokens, TokenBatch
 from genrec.models.ugt.config import UGTConfig
 from genrec.models.ugt.layers import Dropout, FeedForward, GroupLayerNorm, ReluAttention, module_list
 
@@ -21,24 +21,26 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(config.d_model, config.d_ffn, config.dropout)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, update: Tensor, residual: Tensor | None, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-        """update (T, D), not yet added to residual (T, D) or None → the same pair one layer on."""
+    def forward(
+        self, update: Tensor, residual: Tensor | None, tokens: TokenBatch | PaddedTokens
+    ) -> tuple[Tensor, Tensor]:
+        """update (…, D), not yet added to residual (…, D) or None → the same pair one layer on."""
         hidden, residual = self.attention_norm(update, tokens.type_ids, residual)
-        update = self.dropout(self.attention.history(hidden, tokens.cu_seqlens, tokens.max_seqlen))
+        update = self.dropout(self.attention.history(hidden, tokens))
         hidden, residual = self.ffn_norm(update, tokens.type_ids, residual)
         return self.dropout(self.ffn(hidden)), residual
 
 
 class Encoder(nn.Module):
-    """Embedded tokens (T, D) → states (T, D); the state of a token has seen its own past and nothing else."""
+    """Embedded tokens → states, packed (T, D) or padded (B, S, D); a state has seen its own past and nothing else."""
 
     def __init__(self, config: UGTConfig) -> None:
         super().__init__()
         self.layers = module_list(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = GroupLayerNorm(config.d_model, len(TokenType))
 
-    def forward(self, x: Tensor, tokens: TokenBatch) -> Tensor:
-        """x (T, D), the embedded tokens → (T, D), normalised."""
+    def forward(self, x: Tensor, tokens: TokenBatch | PaddedTokens) -> Tensor:
+        """x (…, D), the embedded tokens → (…, D), normalised."""
         update, residual = x, None
         for layer in self.layers:
             update, residual = layer(update, residual, tokens)

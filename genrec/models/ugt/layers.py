@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.kernels import group_layer_norm, moe_experts, moe_route, relu_attention, relu_attention_varlen
+from genrec.models.ugt.batch import PaddedTokens, TokenBatch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +56,7 @@ class GroupLayerNorm(nn.Module):
 
 
 class ReluAttention(nn.Module):
-    """Multi-head ReLU-aggregated attention over packed sequences; each row averages over the keys it may see.
+    """Multi-head ReLU-aggregated attention; each row averages over the keys it may see.
 
     There is no norm between the aggregation and the output projection: with one, quality falls behind softmax.
     """
@@ -77,25 +78,39 @@ class ReluAttention(nn.Module):
         k, v = self.key_value(x).chunk(2, -1)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def history(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Causal self-attention: x (T, D) → (T, D)."""
-        k, v = self.keys_values(x)
-        out = relu_attention_varlen(
-            self.queries(x), k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            causal=True, rel_bias=self.rel_bias, normalizer="visible",
-        )  # fmt: skip
-        return self.output(out.flatten(1))
+    def history(self, x: Tensor, tokens: TokenBatch | PaddedTokens) -> Tensor:
+        """Causal self-attention: x (T, D) of packed tokens, (B, S, D) of padded ones → the same shape."""
+        q, (k, v) = self.queries(x), self.keys_values(x)
+        if isinstance(tokens, PaddedTokens):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = relu_attention(q, k, v, causal=True, rel_bias=self.rel_bias, normalizer="visible").transpose(1, 2)
+        else:
+            cu_seqlens, longest = tokens.cu_seqlens, tokens.max_seqlen
+            out = relu_attention_varlen(
+                q, k, v, cu_seqlens, cu_seqlens, longest, longest,
+                causal=True, rel_bias=self.rel_bias, normalizer="visible",
+            )  # fmt: skip
+        return self.output(out.flatten(-2))
 
-    def memory(
-        self, x: Tensor, memory: tuple[Tensor, Tensor], cu_queries: Tensor, cu_keys: Tensor,
-        max_queries: int, max_keys: int, key_limit: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Cross-attention: row i of x (Tq, D) sees the first key_limit[i] keys of its sequence → (Tq, D)."""
+    def targets(
+        self, x: Tensor, encoded: Tensor, tokens: TokenBatch, cu_queries: Tensor, max_queries: int, key_limit: Tensor
+    ) -> Tensor:
+        """Cross-attention of training: row i of x (Tq, D) sees the first key_limit[i] states of its sequence among
+        encoded (T, D) → (Tq, D)."""
         out = relu_attention_varlen(
-            self.queries(x), *memory, cu_queries, cu_keys, max_queries, max_keys,
+            self.queries(x), *self.keys_values(encoded), cu_queries, tokens.cu_seqlens, max_queries, tokens.max_seqlen,
             key_limit=key_limit, rel_bias=self.rel_bias, normalizer="visible",
         )  # fmt: skip
         return self.output(out.flatten(1))
+
+    def beams(self, x: Tensor, memory: tuple[Tensor, Tensor], lengths: Tensor) -> Tensor:
+        """Cross-attention of generation: x (B, W, D) sees the first lengths[b] keys of (B, H, S, D / H) → (B, W, D)."""
+        limit = lengths[:, None].expand(x.shape[:2])
+        out = relu_attention(
+            self.queries(x).transpose(1, 2), *memory,
+            key_limit=limit, rel_bias=self.rel_bias, normalizer="visible",
+        )  # fmt: skip
+        return self.output(out.transpose(1, 2).flatten(2))
 
     def levels(self, x: Tensor) -> Tensor:
         """Causal self-attention over the codes of one item: x (M, levels, D) → (M, levels, D)."""

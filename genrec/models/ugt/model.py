@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from genrec.interfaces import TokenType
 from genrec.kernels.ranges import span
-from genrec.models.ugt.batch import TargetBatch, TokenBatch
+from genrec.models.ugt.batch import PaddedTokens, TargetBatch, TokenBatch
 from genrec.models.ugt.config import ModelVocabulary, UGTConfig
 from genrec.models.ugt.decoder import Decoder, KeyValue, Memory
 from genrec.models.ugt.encoder import Encoder
@@ -67,14 +67,15 @@ class UGT(nn.Module):
         codes = sum(table(self.codes[1:, level]) for level, table in enumerate(self.code_embeddings))
         return torch.cat([own[:1], own[1:] + codes])
 
-    def encode(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
-        """Event tokens (T,) → states (T, D); item_vectors is what `item_vectors()` returns, computed once per step."""
+    def encode(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:
+        """Event tokens, packed (T,) or padded (B, S) → states (…, D); item_vectors is what `item_vectors()` returns,
+        computed once per step."""
         x = self._embed_tokens(tokens, item_vectors)
         x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
-        with span("encoder", x=x, sequences=len(tokens.cu_seqlens) - 1):
+        with span("encoder", x=x):
             return self.encoder(self.dropout(x), tokens)
 
-    def _embed_tokens(self, tokens: TokenBatch, item_vectors: Tensor) -> Tensor:
+    def _embed_tokens(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:
         if len(self.token_embeddings) == 0:
             return F.embedding(tokens.token_ids, item_vectors)
         tables = [item_vectors, *(table.weight for table in self.token_embeddings)]
@@ -89,14 +90,27 @@ class UGT(nn.Module):
         """The item head: user vectors (M, D) → (M, N + 1)."""
         return F.linear(users, item_vectors, self.item_bias)
 
+    def some_item_logits(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
+        """Of these items alone: users (B, D), items (B, C) → (B, C)."""
+        logits = (F.embedding(items, item_vectors) @ users.unsqueeze(-1)).squeeze(-1)
+        return logits + F.embedding(items, self.item_bias.unsqueeze(-1)).squeeze(-1)
+
     def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
         """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""
         with span("item loss", users=users, items=item_vectors):
             return linear_cross_entropy(users, item_vectors, self.item_bias, items)
 
-    def memory(self, encoded: Tensor, tokens: TokenBatch) -> Memory:
-        """What the decoder reads of encoded (T, D), once per request."""
-        return self.decoder.memory(encoded, tokens.cu_seqlens, tokens.max_seqlen)
+    def memory(self, encoded: Tensor, tokens: PaddedTokens) -> Memory:
+        """What the decoder reads of encoded (B, S, D), once per request."""
+        return self.decoder.memory(encoded, tokens.lengths)
+
+    def users(self, encoded: Tensor, tokens: PaddedTokens) -> Tensor:
+        """User vectors (B, D): of encoded (B, S, D) the state of every request's last token."""
+        return encoded.gather(1, tokens.last[..., None].expand(-1, -1, encoded.shape[-1])).squeeze(1)
+
+    def first_row(self, users: Tensor, tokens: PaddedTokens) -> Tensor:
+        """The decoder's first row for what follows these histories (B, D)."""
+        return self.decoder_start(users, tokens.positions.gather(1, tokens.last).squeeze(1) + 1)
 
     def decoder_start(self, users: Tensor, next_positions: Tensor) -> Tensor:
         """The decoder's first row: user vectors (M, D) and the position of the event to come (M,) → (M, D)."""
@@ -111,13 +125,9 @@ class UGT(nn.Module):
         codes = self.codes[targets.items]
         start = self.decoder_start(encoded[targets.last_tokens], tokens.positions[targets.last_tokens] + 1)
         rows = [start, *(self.decoder_input(level, codes[:, level - 1]) for level in range(1, self.levels))]
-        sequence_starts = tokens.cu_seqlens[:-1].repeat_interleave(
-            targets.cu_seqlens.diff(), output_size=len(targets.items)
-        )
-        key_limit = targets.last_tokens + 1 - sequence_starts
         x = self.dropout(torch.stack(rows, 1))
         with span("decoder", x=x):
-            return self.decoder(x, self.memory(encoded, tokens), key_limit, targets.cu_seqlens, targets.max_seqlen)
+            return self.decoder(x, encoded, tokens, targets)
 
     def step(self, x: Tensor, level: int, memory: Memory, past: list[list[KeyValue]]) -> tuple[Tensor, list[KeyValue]]:
         """One level of every beam, see Decoder.step."""
@@ -127,6 +137,12 @@ class UGT(nn.Module):
     def code_logits(self, level: int, hidden: Tensor) -> Tensor:
         """hidden (…, D) of that level → (…, codebook_sizes[level])."""
         return F.linear(hidden, self.code_embeddings[level].weight, self.code_bias[level])
+
+    def some_code_logits(self, level: int, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Of these codes alone: hidden (B, W, D), codes (B, W, C) → (B, W, C). Reads C rows of the codebook a beam."""
+        weight, bias = self.code_embeddings[level].weight, self.code_bias[level]
+        logits = (F.embedding(codes, weight) @ hidden.unsqueeze(-1)).squeeze(-1)
+        return logits + F.embedding(codes, bias.unsqueeze(-1)).squeeze(-1)
 
     def code_losses(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Negative log-likelihood of the codes of items (M,) under hidden (M, levels, D) → (M, levels) float32."""

@@ -39,7 +39,8 @@ class Align:
         self.order = EpochOrder(self.data.windows, config.batch_size, seed)
         self.epochs, self.optimizer, self.steps_per_epoch = config.epochs, config.optimizer, self.order.steps
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.trie = Trie(SemanticIds(model.codes.cpu().numpy(), model.vocabulary.codebook_sizes), model.codes.device)
+        semantic_ids = SemanticIds(model.codes.cpu().numpy(), model.vocabulary.codebook_sizes)
+        self.trie = Trie(semantic_ids).to(model.codes.device)
 
     def loss(self, model: UGT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model.eval()  # policy and reference are compared without dropout
@@ -80,16 +81,17 @@ class Align:
         had = events < windows.first_target[owner]
 
         def items(kept: NDArray[np.bool_]) -> Tensor:
-            mask = np.zeros((len(users), len(model.codes)), bool)
-            mask[owner[kept], self.sequences.item_ids[events[kept]]] = True
-            return torch.from_numpy(mask).to(model.codes.device)
+            """(B, X) the items of the events kept, 0 where a user has no more."""
+            counts = np.bincount(owner[kept], minlength=len(users))
+            rows = np.zeros((len(users), max(1, counts.max())), np.int64)
+            rows[np.arange(rows.shape[1]) < counts[:, None]] = self.sequences.item_ids[events[kept]]
+            return torch.from_numpy(rows).to(model.codes.device)
 
-        encoded = model.encode(tokens, model.item_vectors())
-        last = tokens.cu_seqlens[1:].long() - 1
-        start = model.decoder_start(encoded[last], tokens.positions[last] + 1)
-        forbidden = items(had | self.liked[events])
-        beams, _ = beam_search(model, model.memory(encoded, tokens), start, self.trie, self.config.beams, forbidden)
-        disliked = items(self.disliked[events]).gather(1, beams) & (beams > 0)
+        requests = tokens.padded()
+        encoded = model.encode(requests, model.item_vectors())
+        start, memory = model.first_row(model.users(encoded, requests), requests), model.memory(encoded, requests)
+        beams, _ = beam_search(model, memory, start, self.trie, self.config.beams, items(had | self.liked[events]))
+        disliked = (beams[..., None] == items(self.disliked[events])[:, None]).any(-1) & (beams > 0)
         order = disliked.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         return beams.gather(1, order)[:, : self.config.negatives]
 

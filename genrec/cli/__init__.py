@@ -22,6 +22,10 @@ COMMANDS = {
     "train": "sequences and semantic ids → UGT weights: pretrain, finetune, align",
     "evaluate": "Recall and NDCG of a trained model beside its baselines, and a report to look at",
     "recommend": "what to show next to a user of the log, or after a history you type",
+    "export": "a trained run → ONNX, a TensorRT engine, a model repository for Triton Inference Server",
+    "serve": "a trained run on a Triton Inference Server, until interrupted",
+    "loadtest": "throughput and latency of a server, under as many clients as you like",
+    "demo-ui": "a page to look at: pick a user or type a history, see what is recommended and why",
     "bench": "a page of charts for a benchmark run, and what moved since another",
     "profile": "where the time of training, generation or one operator goes: Nsight reports, traces, tables",
     "doctor": "versions, which kernels are native, what the machine has",
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     try:
-        module = importlib.import_module(f"genrec.cli.{command}")
+        module = importlib.import_module(f"genrec.cli.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -75,6 +79,9 @@ def _run(command: str, argv: list[str]) -> int:
         else:
             print(f"{module.__doc__}\ngenrec {command} {{{','.join(kinds)}}} --help explains its keys.")
             sys.exit(0 if argv else 2)  # as argparse does for the others
+    first = next(iter(config_class.__dataclass_fields__))
+    if first == "run" and argv and not argv[0].startswith("-"):  # RUN may be given by its place
+        argv = ["--run", *argv]
     module.run(_parse(command, config_class, str(module.__doc__), argv))
     return 0
 

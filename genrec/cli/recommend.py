@@ -17,7 +17,7 @@ from rich.table import Table
 from genrec.data.sequences import load_sequences, take_users
 from genrec.data.vocabulary import Vocabulary, encode_events, load_vocabulary
 from genrec.generation import Recommender
-from genrec.generation.storage import load_catalogue_of, load_model, read_model_json
+from genrec.generation.storage import load_catalogue_of, load_model, trained_on
 from genrec.interfaces import Catalogue, EventSequences
 
 
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     if config.top_k < 1:
         raise ValueError(f"top_k is {config.top_k}; expected 1 or more")
     model, settings = load_model(config.model)
-    features = config.features or _trained_on(config.model)
+    features = config.features or trained_on(config.model)
     catalogue = load_catalogue_of(model, features)
     history = (
         typed_history(config.history, catalogue, load_vocabulary(features))
@@ -66,13 +66,6 @@ def run(config: Config) -> None:
         for item, rating in zip(history.item_ids[-10:], history.ratings[-10:], strict=True)
     ]))  # fmt: skip
     console.print(_table("recommended", [(f"{score:.2f}", catalogue.titles[item]) for item, score in rows]))
-
-
-def _trained_on(model: Path) -> Path:
-    data = read_model_json(model).get("data")
-    if data is None:
-        raise ValueError(f"{model / 'model.json'} does not say what it was trained on; pass --features")
-    return Path(data["features"])
 
 
 def user_history(user: str | None, features: Path) -> EventSequences:

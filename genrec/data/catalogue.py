@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -35,6 +36,11 @@ def save_catalogue(directory: Path, catalogue: Catalogue) -> None:
     table = pa.Table.from_arrays(columns, schema=item_schema(features.shape[1]))
     with atomic_file(directory / "items.parquet") as path:
         pq.write_table(table, path, compression="zstd")
+
+
+def vocabulary_hash(catalogue: Catalogue) -> str:
+    """sha256 of the item ids in their order: what an item index means."""
+    return hashlib.sha256("\n".join(catalogue.item_ids[1:]).encode()).hexdigest()
 
 
 def load_catalogue(directory: Path | str) -> Catalogue:

@@ -176,9 +176,10 @@ class Recommender(nn.Module):
         real = history != 0
         count = real.sum(1)
         place = real.cumsum(1) - 1 - (count - config.max_events).clamp(min=0)[:, None]
-        place = torch.where(real & (place >= 0), place, history.shape[1])  # the last place takes what is not read
-        room = nn.functional.pad(torch.zeros_like(events), (0, 0, 0, 1))
-        events = room.scatter(1, place[..., None].expand_as(events), events)[:, :-1][:, : config.max_events]
+        width = torch.sym_min(history.shape[1], config.max_events)
+        place = torch.where(real & (place >= 0), place, width)  # the last place takes what is not read
+        room = events.new_zeros(events.shape[0], width + 1, events.shape[2])
+        events = room.scatter(1, place[..., None].expand_as(events), events)[:, :-1]
         positions = torch.arange(events.shape[1], device=events.device)[:, None].expand(events.shape)
         types = torch.tensor(kinds, device=events.device).expand(events.shape)
         lengths = count.clamp(max=config.max_events) * len(kinds)

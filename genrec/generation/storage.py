@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,44 @@ def read_model_json(directory: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a finished genrec train run left."""
+
+    model: UGT
+    settings: RecommenderConfig
+    features: Path
+    """of its training"""
+    catalogue: Catalogue
+    metrics: dict[str, float] | None
+    """of the test users, where the run was evaluated"""
+
+
+def load_run(run: Path, features: Path | None = None) -> TrainedRun:
+    """A run's directory, or the model's inside it; `features` overrules where model.json says it was trained."""
+    directory = run if (run / "model.json").is_file() else run / "model"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{run} holds no model; expected the directory of a finished genrec train run")
+    model, settings = load_model(directory)
+    features = features or trained_on(directory)
+    return TrainedRun(model, settings, features, load_catalogue_of(model, features), _test_metrics(directory.parent))
+
+
+def trained_on(directory: Path) -> Path:
+    """The features of the training of the model in `directory`."""
+    data = read_model_json(directory).get("data")
+    if data is None:
+        raise ValueError(f"{directory / 'model.json'} does not say what it was trained on; pass --features")
+    return Path(data["features"])
+
+
+def _test_metrics(directory: Path) -> dict[str, float] | None:
+    try:
+        return json.loads((directory / "metrics.json").read_text())["test"]["ugt"]
+    except (FileNotFoundError, KeyError, ValueError):
+        return None
 
 
 def _configs(record: dict[str, Any]) -> tuple[UGTConfig, ModelVocabulary]:

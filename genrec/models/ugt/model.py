@@ -72,7 +72,8 @@ class UGT(nn.Module):
         computed once per step."""
         x = self._embed_tokens(tokens, item_vectors)
         x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
-        with span("encoder", x=x):
+        sequences = tokens.cu_seqlens.shape[0] - 1 if isinstance(tokens, TokenBatch) else tokens.lengths.shape[0]
+        with span("encoder", x=x, sequences=sequences):
             return self.encoder(self.dropout(x), tokens)
 
     def _embed_tokens(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Trained models, carried to other runtimes."""

@@ -23,7 +23,6 @@ Flavour = Literal["cpu", "gpu"]
 MODELS = Path(__file__).parent / "triton_models"
 FORMAT = "genrec-onnx"
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
-WARM_LENGTHS = (1, 20)  # events of the warm-up histories
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,6 @@ def graph_config(about: dict[str, Any], flavour: Flavour, instances: int, thread
     """config.pbtxt of recommend_graph."""
     backend = 'backend: "python"' if flavour == "cpu" else 'platform: "tensorrt_plan"'
     kind = "KIND_CPU" if flavour == "cpu" else "KIND_GPU"
-    lengths = sorted({min(length, batching.max_length) for length in WARM_LENGTHS})
     parts = [
         "# Item indices in and out. 0 in a history is padding, a number that is no item's an unknown item.",
         f'name: "recommend_graph"\n{backend}\nmax_batch_size: {batching.max_batch_size}',
@@ -165,7 +163,8 @@ def graph_config(about: dict[str, Any], flavour: Flavour, instances: int, thread
         f"instance_group [ {{ count: {instances} kind: {kind} }} ]",
         "# The version before stays, for requests that are still with it while a new one takes over.",
         "version_policy { latest { num_versions: 2 } }",
-        *(_warmup(about, length) for length in lengths),
+        _warmup(about, 1, 1),
+        _warmup(about, max([1, *batching.preferred]), min(about["max_events"], batching.max_length)),
     ]
     if flavour == "cpu":
         parts += [_parameter("threads", threads), _parameter("max_length", batching.max_length)]
@@ -241,7 +240,7 @@ def _write_version(
     if engine:
         shutil.copyfile(engine, graph / "model.plan")
     else:
-        for file in (onnx_directory / "model.onnx", *onnx_directory.glob("model.onnx.data")):  # weights past 2 GB
+        for file in onnx_directory.glob("model.onnx*"):  # large weights stand in a file of their own
             shutil.copyfile(file, graph / file.name)
         shutil.copyfile(MODELS / "onnx_graph.py", graph / "model.py")
     shutil.copyfile(MODELS / "recommend.py", service / "model.py")
@@ -256,8 +255,8 @@ def _tensor(kind: str, value: dict[str, Any], ragged: bool = False) -> str:
     return f'{kind} {{ name: "{value["name"]}" data_type: {TYPES[value["dtype"]]} dims: [ {dims} ]{more} }}'
 
 
-def _warmup(about: dict[str, Any], length: int) -> str:
-    """A request with histories of `length` zeros, so that the first real one finds everything loaded."""
+def _warmup(about: dict[str, Any], rows: int, length: int) -> str:
+    """A request with histories of zeros, so that the first real one finds everything loaded."""
     inputs = []
     for value in about["inputs"]:
         dims = _list([size if isinstance(size, int) else length for size in value["shape"][1:]])
@@ -265,7 +264,7 @@ def _warmup(about: dict[str, Any], length: int) -> str:
         inputs.append(
             f'inputs {{ key: "{value["name"]}" value {{ data_type: {kind} dims: [ {dims} ] zero_data: true }} }}'
         )
-    return f'model_warmup {{ name: "{length} events" batch_size: 1 {" ".join(inputs)} }}'
+    return f'model_warmup {{ name: "{rows} × {length}" batch_size: {rows} {" ".join(inputs)} }}'
 
 
 def _parameter(key: str, value: object) -> str:

@@ -152,7 +152,9 @@ async def _model_inputs(client: Any, url: str, http: bool, model: str) -> list[d
     inputs = metadata["inputs"]
     found = {value["name"]: value["datatype"] for value in inputs}.get("history", "no")
     if found != "BYTES":
-        raise ValueError(f"model {model!r} reads {found} histories; expected one that reads item ids, such as 'recommend'")
+        raise ValueError(
+            f"model {model!r} reads {found} histories; expected one that reads item ids, such as 'recommend'"
+        )
     return inputs
 
 

@@ -94,10 +94,11 @@ def running(
 
 
 def last_words(log: Path) -> str:
-    """The last thing that went wrong according to the server's log, else its last line."""
+    """What went wrong at last, as the server's log tells it, else the log's last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    wrong = [line for line in lines if re.match(r"E\d{4} |error:", line)]
-    return (wrong or lines or [f"{log} is empty"])[-1]
+    wrong = [found[1] for line in lines if (found := re.match(r'E\d{4} .*?\] "(.*?)(\\n|"$)', line))]
+    wrong = [message for message in wrong if "CudaDriverHelper" not in message]  # said wherever there is no GPU
+    return (wrong or [line for line in lines if line.startswith("error:")] or lines or [f"{log} is empty"])[-1]
 
 
 def _command(repository: Repository, program: Program, ports: Ports, scratch: Path) -> list[str]:

@@ -87,12 +87,12 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _compiling(arch: int, record: launch.Recorder) -> Iterator[None]:
+def _compiling(arch: int, rows: int, record: launch.Recorder) -> Iterator[None]:
     from triton.runtime import driver
 
     active = driver._active  # the public `driver.active` would look for a GPU
     driver.set_active(_Driver(arch))
-    launch.target = launch.Target(arch, record)
+    launch.target = launch.Target(rows, record)
     try:
         yield
     finally:
@@ -100,9 +100,10 @@ def _compiling(arch: int, record: launch.Recorder) -> Iterator[None]:
         driver.set_active(active)
 
 
-def compiled(case: str, call: Callable[[], Any], arch: int) -> list[Image]:
+def compiled(case: str, call: Callable[[], Any], arch: int, rows: int | None = None, **options: Any) -> list[Image]:
     """Every kernel that `call` launches on meta tensors, compiled for sm_<arch>; needs no GPU and launches nothing.
 
+    `rows` takes the launch tables' rows of another architecture; `options` are Triton's, such as ptx_version.
     Raises RuntimeError where TRITON_INTERPRET is set, and whatever Triton raises about a kernel that does not compile.
     """
     if reason := obstacle():
@@ -110,9 +111,9 @@ def compiled(case: str, call: Callable[[], Any], arch: int) -> list[Image]:
     kernels: list[Any] = []
 
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        kernels.append(kernel.warmup(*args, grid=grid, **constants))
+        kernels.append(kernel.warmup(*args, grid=grid, **constants, **options))
 
-    with _compiling(arch, record):
+    with _compiling(arch, rows or arch, record):
         call()
     return [_image(kernel, case, arch) for kernel in kernels]
 

@@ -165,28 +165,28 @@ FEW = 64  # a sequence of at most so many rows takes the form for few rows
 BUSY = 256  # programs that keep a GPU busy
 
 
-def attention(call: Call) -> Tensor:
-    """The output of a call, in the layout of q."""
+def attention(call: Call, may_split: bool = True) -> Tensor:
+    """The output of a call, in the layout of q. Whether parts may have programs of their own changes no bit of it."""
     out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
     if out.numel() == 0:
         return out
     if call.is_packed:
-        _attend(call, out, "forward_64", 0, FEW)
+        _attend(call, out, "forward_64", 0, FEW, may_split)
         if call.length_q > FEW:
-            _attend(call, out, "forward", FEW + 1, call.length_q)
+            _attend(call, out, "forward", FEW + 1, call.length_q, may_split)
     else:
         form = "forward_16" if call.length_q <= 16 else "forward_64" if call.length_q <= FEW else "forward"
-        _attend(call, out, form, 0, call.length_q)
+        _attend(call, out, form, 0, call.length_q, may_split)
     return out
 
 
-def _attend(call: Call, out: Tensor, form: str, least: int, most: int) -> None:
+def _attend(call: Call, out: Tensor, form: str, least: int, most: int, may_split: bool) -> None:
     """Write the rows of sequences of `least` … `most` rows."""
     constants = call.constants(form)
     part, rows = constants.get("PART", 0), min(most, call.length_q)
     blocks = max(1, triton.cdiv(rows, constants["BLOCK_M"]))
     idle = rows == call.length_q and call.batch * call.heads * blocks < BUSY
-    split = idle and 0 < part < call.length_k
+    split = may_split and idle and 0 < part < call.length_k
     parts = triton.cdiv(call.length_k, part) if split else 1
     partial = None
     if split:

@@ -38,7 +38,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in their order; the graph is asked once for all of them."""
         feeds = [self._read(request) for request in requests]
-        answers = iter(self._ask([feed for feed in feeds if isinstance(feed, dict)]))
+        good = [feed for feed in feeds if isinstance(feed, dict)]
+        answers = iter(self._ask(good))
+        self._count(good)
         return [_response(next(answers) if isinstance(feed, dict) else feed) for feed in feeds]
 
     def _read(self, request: Any) -> Feed | ValueError:
@@ -57,9 +59,16 @@ class TritonPythonModel:
             feed[name] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
             if feed[name].shape[:2] != (rows, length):
                 return ValueError(f"{name} has shape {feed[name].shape}; expected {rows} × {length}, as history has")
-        self.events.increment(int(np.count_nonzero(history)))
-        self.unknown.increment(int(np.count_nonzero(history == UNKNOWN)))
         return feed
+
+    def _count(self, feeds: list[Feed]) -> None:
+        """Once for all, as every call is a message to the server's process."""
+        for counter, count in (
+            (self.events, sum(int(np.count_nonzero(feed["history"])) for feed in feeds)),
+            (self.unknown, sum(int(np.count_nonzero(feed["history"] == UNKNOWN)) for feed in feeds)),
+        ):
+            if count:
+                counter.increment(count)
 
     def _ask(self, feeds: list[Feed]) -> list[Any]:
         """(item_ids, titles, scores) of every feed, or an error in the place of each."""

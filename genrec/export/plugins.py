@@ -1,5 +1,5 @@
-"""TensorRT plugins of the fused operators: the Triton kernels, compiled ahead of time by the launch code that runs them in
-torch, inside libgenrec_trt.so. Neither a GPU nor TensorRT is needed to build it, only g++ and TensorRT's headers.
+"""TensorRT plugins of the fused operators: the Triton kernels, compiled ahead of time by the launch code that runs them
+in torch, inside libgenrec_trt.so. Neither a GPU nor TensorRT is needed to build it, only g++ and TensorRT's headers.
 
     python -m genrec.export.plugins --model RUN/model --dtype fp16 --arch 90 --out DIR
 
@@ -7,8 +7,8 @@ A library serves the sizes it was built for: width, heads and experts of models 
 numbers of tokens are free. Every image has a name, such as "moe_route fp16 E=4 k=2 renormalize=1", which csrc/tensorrt
 forms again from the shapes it meets, and the largest size it serves, as the rows of a launch table do.
 
-Each architecture gets machine code of its own, and what has none gets PTX that it compiles when it loads it. TensorRT's
-headers are looked for in TENSORRT_INCLUDE_DIR and in the compiler's own places, CUDA's in CUDA_INCLUDE_DIR and in Triton.
+Each architecture gets machine code of its own, and what has none gets PTX, which the driver compiles. The headers of
+TensorRT are looked for in TENSORRT_INCLUDE_DIR and where g++ looks anyway, CUDA's in CUDA_INCLUDE_DIR or in Triton.
 """
 
 from __future__ import annotations
@@ -52,11 +52,17 @@ WORKER = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}  # images wi
 # Arguments that may be compiled as 1 or as a multiple of 16: those which a model fixes, as far as that makes them so.
 STATIC = {
     "_forward": {"dim", "x_stride", "residual_stride"},
-    "forward": {f"stride_{name}" for name in "qb qh q kb kh k vb vh v ob oh o l".split()} | {"heads"},
+    "forward": {"heads", "stride_l", *(f"stride_{tensor}{name}" for tensor in "qkvo" for name in ("b", "h", ""))},
     "route_kernel": {"experts", "top_k", "stride_lt", "stride_le", "stride_b"},
     "count_kernel": {"experts", "top_k", "stride_it", "stride_ik"},
     "order_kernel": {"experts", "top_k", "stride_it", "stride_ik"},
-    "hidden_kernel": {"experts", "top_k", "dim", "width"} | {f"stride_{name}" for name in "xt xd we wf wd".split()},
+    "hidden_kernel": {
+        "experts",
+        "top_k",
+        "dim",
+        "width",
+        *(f"stride_{name}" for name in ("xt", "xd", "we", "wf", "wd")),
+    },
     "rows_kernel": {"experts", "inner", "width", "stride_we", "stride_wk", "stride_wn"},
     "combine_kernel": {"experts", "top_k", "dim", "stride_wt", "stride_wk", "stride_it", "stride_ik"},
 }
@@ -317,8 +323,8 @@ def _most(image: Image, case: Case) -> int:
 
 
 def _code(image: Image, name: str) -> str:
-    """How a parameter is passed. Those the kernel was compiled for are not: "n" None, "1" the number 1. A pointer is "p",
-    an int32 "i", an int64 "l", a float "f"; a capital letter promises a multiple of 16."""
+    """How a parameter is passed: "p" a pointer, "i" an int32, "l" an int64, "f" a float; a capital letter promises a
+    multiple of 16. What the kernel was compiled for is not passed: "n" is None, "1" the number 1."""
     if name in image.constants:
         return "n" if image.constants[name] is None else "1"
     kind = image.signature[name]

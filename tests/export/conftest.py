@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from plugin_harness import Plugins, Stub
+from plugin_harness import Stub
 
 from genrec.export.plugins import Compiled, Compiler, Shapes, compile_kernels
 
@@ -56,7 +56,7 @@ def harness(compiler: Compiler, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
     """A driver that records, behind every library that is loaded from now on."""
     path = tmp_path_factory.mktemp("stub") / "libcuda_stub.so"
@@ -67,14 +67,8 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
 
 
 @pytest.fixture(scope="session")
-def plugins(harness: Path, library: Path, stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Plugins:
-    """A copy of the library that keeps the recording driver."""
-    return Plugins(harness, Path(shutil.copy(library, tmp_path_factory.mktemp("recorded"))))
-
-
-@pytest.fixture(scope="session")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TensorRT-RTX, whose parser asks for a libtensorrt_rtx.so that the wheel calls by another name: an empty library of
+    """TensorRT-RTX. Its parser asks for a libtensorrt_rtx.so that the wheel calls by another name: an empty library of
     that name, which needs the real one, is loaded before."""
     module = pytest.importorskip("tensorrt_rtx")
     folder = Path(importlib.import_module("tensorrt_rtx_libs").__path__[0])

@@ -1,4 +1,4 @@
-"""The plugins of libgenrec_trt.so without TensorRT: on torch tensors of a GPU, or on shapes beside a recording driver."""
+"""The plugins of libgenrec_trt.so without TensorRT: on tensors of a GPU, or on shapes beside a recording driver."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ C_TYPES = {FLOAT: ctypes.c_float, INT: ctypes.c_int32, LONG: ctypes.c_int64}
 
 
 class Field(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("type", ctypes.c_int32), ("data", ctypes.c_void_p)]  # noqa: RUF012
+    _fields_ = [("name", ctypes.c_char_p), ("type", ctypes.c_int32), ("data", ctypes.c_void_p)]
 
 
 class TensorOf(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("type", ctypes.c_int32), ("rank", ctypes.c_int32), ("shape", ctypes.c_int64 * 8),
         ("largest", ctypes.c_int64 * 8), ("data", ctypes.c_void_p),
     ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""The plugins launch what torch launches: for the same shapes the same kernels with the same arguments, as a driver that
-only records sees them, and as the launch code in Python hands them to Triton. And they say what is wrong."""
+"""The plugins launch what torch launches: for the same shapes the same kernels with the same arguments, as a driver
+that only records sees them, and as the launch code in Python hands them to Triton. And they say what is wrong."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ DEVICES = {
     "PTX on sm_121": (EVEN, torch.float16, 121, 86),
     "tiny on sm_90": (TINY, torch.float32, 90, 86),
 }
+
+
+@pytest.fixture(scope="module")
+def plugins(harness: Path, library: Path, stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Plugins:
+    """A copy of the library, which opens the driver of this module and keeps it."""
+    return Plugins(harness, Path(shutil.copy(library, tmp_path_factory.mktemp("recorded"))))
 
 
 @dataclass

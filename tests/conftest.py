@@ -1,5 +1,8 @@
-"""Shared by all tests: uninitialised memory is NaN, and GENREC_TEST_DEVICE says where the kernel tests run."""
+"""Shared by all tests: uninitialised memory is NaN, GENREC_TEST_DEVICE says where the kernel tests run, and one small
+trained run serves all that comes after training."""
 
+import contextlib
+import io
 import os
 
 import pytest
@@ -24,3 +27,18 @@ def poisoned_memory():
 def device() -> torch.device:
     """Where the kernel tests run."""
     return torch.device(os.environ.get("GENREC_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A directory with features/, tokenizer/ and model/, as the demo lays them out."""
+    import small  # the kernels are tested where nothing above them is installed
+
+    from genrec.cli import main
+
+    directory = tmp_path_factory.mktemp("trained")
+    features, ids = small.write_inputs(directory)
+    settings = {"features": features, "semantic_ids": ids, "out": directory / "model", **small.TINY_RUN}
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert main(["train", *(str(word) for key, value in settings.items() for word in (f"--{key}", value))]) == 0
+    return directory

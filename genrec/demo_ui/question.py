@@ -8,7 +8,7 @@ from typing import Any
 
 from genrec.generation import RecommenderConfig
 
-LIMITS = {"beams": (1, 500), "alpha": (0, 100), "top_k": (1, 100)}
+LIMITS: dict[str, tuple[int, int]] = {"beams": (1, 500), "alpha": (0, 100), "top_k": (1, 100)}
 LONGEST = 1000  # items of a typed history
 TYPES: dict[str, tuple[type, ...]] = {
     "user": (str,),
@@ -37,21 +37,25 @@ def read_question(body: Any, defaults: RecommenderConfig) -> Question:
     if not isinstance(body, dict):
         raise ValueError("the body is not a JSON object; expected one with user or items")
     for name, value in body.items():
-        _check(name, value)
+        _check_type(name, value)
+        _check_range(name, value)
     user, items = body.get("user"), body.get("items")
     if (user is None) == (items is None):
         raise ValueError("expected either user or items, and not both")
     if user is None:
-        _check_items(items)
+        _check_items(body["items"])
     return Question(user, tuple(items or ()), body.get("hide_last", False), _settings(body, defaults))
 
 
-def _check(name: str, value: Any) -> None:
+def _check_type(name: str, value: Any) -> None:
     if name not in TYPES:
         raise ValueError(f"unknown key {name!r}; expected some of {', '.join(TYPES)}")
     expected = TYPES[name]
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):  # a bool is an int
         raise ValueError(f"{name} is {value!r:.80}; expected a value of type {expected[-1].__name__}")
+
+
+def _check_range(name: str, value: Any) -> None:
     if name in LIMITS:
         low, high = LIMITS[name]
         if not low <= value <= high:  # NaN is in no range

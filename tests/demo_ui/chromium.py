@@ -74,7 +74,7 @@ def picture(driver: webdriver.Chrome) -> bytes:
     answer = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     small = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(answer["data"]))).convert("RGB")
-    image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    image.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 

@@ -368,7 +368,7 @@ class Compiler:
             )
         tensorrt, cuda = os.environ.get("TENSORRT_INCLUDE_DIR"), os.environ.get("CUDA_INCLUDE_DIR")
         self.includes = [path for path in (tensorrt, cuda or _triton_include()) if path]
-        for header, variable in ("NvInferRuntime.h", "TENSORRT_INCLUDE_DIR"), ("cuda.h", "CUDA_INCLUDE_DIR"):
+        for header, variable in ("cuda.h", "CUDA_INCLUDE_DIR"), ("NvInferRuntime.h", "TENSORRT_INCLUDE_DIR"):
             if self._run("-E", "-x", "c++", "-include", header, os.devnull, "-o", os.devnull).returncode:
                 raise RuntimeError(f"g++ does not find {header}; expected the directory that has it in {variable}")
 

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 import torch
-from plugin_harness import Stub
+from plugin_harness import EVEN, TINY, Stub
 
-from genrec.export.plugins import Compiled, Compiler, Shapes, compile_kernels
+from genrec.export.plugins import Compiled, Compiler, compile_kernels
 
 HERE = Path(__file__).parent
-TINY = Shapes.of(small.config())  # no row of which is a multiple of 16 bytes
-EVEN = Shapes(d_model=64, heads=2, experts=4, top_k=2, d_expert=64)  # every size class has kernels of its own
 OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-deprecated-declarations")
 
 

@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import small
 import torch
 
+from genrec.export.plugins import Shapes
+
+TINY = Shapes.of(small.config())  # heads and experts whose rows are no multiples of 16 elements
+EVEN = Shapes(d_model=64, heads=2, experts=4, top_k=2, d_expert=64)  # every size class has kernels of its own
 TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bfloat16: 7, torch.int64: 8}  # nvinfer1::DataType
 FLOAT, INT, LONG = 1, 5, 10  # nvinfer1::PluginFieldType
 C_TYPES = {FLOAT: ctypes.c_float, INT: ctypes.c_int32, LONG: ctypes.c_int64}

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVEN, TINY
-from plugin_harness import Plugins
+from plugin_harness import EVEN, TINY, Plugins
 from torch import Tensor
 
 from genrec.export.plugins import ALL, LIBRARY, Compiler, Shapes, compile_kernels

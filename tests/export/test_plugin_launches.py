@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVEN, TINY
-from plugin_harness import INT, LONG, Failure, Fake, Plugins, Stub
+from plugin_harness import EVEN, INT, LONG, TINY, Failure, Fake, Plugins, Stub
 from torch import Tensor
 
 from genrec.export.plugins import Compiled, Shapes

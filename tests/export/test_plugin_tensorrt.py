@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from plugin_harness import TINY
 
 onnx = pytest.importorskip("onnx")
 NAMES = ["AddGroupLayerNorm", "GroupLayerNorm", "MoeExperts", "MoeRoute", "ReluAttention", "ReluAttentionLimited"]

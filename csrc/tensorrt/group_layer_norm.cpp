@@ -41,7 +41,8 @@ class GroupLayerNorm final : public Plugin {
     const Dims &x = in[0].dims, &ids = in[kIds].dims;
     for (int i = 0; i < x.nbDims; i++)
       require(!ADDS || (in[1].dims.nbDims == x.nbDims && in[1].dims.d[i] == x.d[i]), "residual has not the shape of x");
-    require(ids.nbDims == x.nbDims - 1, "group_ids has " + std::to_string(ids.nbDims) + " dimensions; expected one fewer than x");
+    require(ids.nbDims == x.nbDims - 1,
+            "group_ids has " + std::to_string(ids.nbDims) + " dimensions; expected one fewer than x");
     for (int i = 0; i < ids.nbDims; i++) require(ids.d[i] == x.d[i], "group_ids has not the shape of x without D");
     expect_shape(in, kIds + 1, {groups_, dim_}, "(G, D)");
     expect_shape(in, kIds + 2, {groups_, dim_}, "(G, D)");

@@ -117,17 +117,16 @@ int64_t smallest(const std::string& name, const char* kernel, const char* consta
 
 uint64_t Argument::pack(const Image& image, const Parameter& parameter) const {
   const char code = parameter.code, kind = code | 32;  // of the lower case
-  const bool fits = code == 'n' ? kind_ == 'n' : code == '1' ? kind_ == 'i' && integer_ == 1 : kind_ == (kind == 'l' ? 'i' : kind);
-  const bool is_multiple = code >= 'a' || code == '1' || integer_ % 16 == 0;
-  const bool is_short = kind != 'i' || integer_ == int32_t(integer_);
-  require(fits && is_multiple && is_short,
-          text(image) + ": " + parameter.name + " is " +
-              (kind_ == 'n' ? "None" : kind_ == 'f' ? std::to_string(real_) : std::to_string(integer_)) + "; expected " +
-              (code == 'n'    ? "None"
-               : code == '1'  ? "1"
-               : !fits        ? "another type"
-               : !is_multiple ? "a multiple of 16"
-                              : "an int32"));
+  const char* expected = nullptr;
+  if (code == 'n') expected = kind_ == 'n' ? nullptr : "None";
+  else if (code == '1') expected = kind_ == 'i' && integer_ == 1 ? nullptr : "1";
+  else if (kind_ != (kind == 'l' ? 'i' : kind)) expected = "another type";
+  else if (code != kind && integer_ % 16) expected = "a multiple of 16";
+  else if (kind == 'i' && integer_ != int32_t(integer_)) expected = "an int32";
+  if (expected) {
+    const std::string value = kind_ == 'n' ? "None" : std::to_string(kind_ == 'f' ? int64_t(real_) : integer_);
+    throw std::runtime_error(text(image) + ": " + parameter.name + " is " + value + "; expected " + expected);
+  }
   uint64_t bytes = 0;
   if (kind_ == 'f') std::memcpy(&bytes, &real_, sizeof real_);
   else std::memcpy(&bytes, &integer_, sizeof integer_);
@@ -157,33 +156,37 @@ const Image& Launcher::find(const std::string& name, const char* kernel, int64_t
   };
   for (const Image* image : images_of(name, kernel))
     if (rank(*image, arch) && (!best || is_better(*image, *best))) best = image;
-  require(best, "the library has no kernel " + name + ", " + kernel + " for sm_" + std::to_string(arch));
+  if (!best)
+    throw std::runtime_error("the library has no kernel " + name + ", " + kernel + " for sm_" + std::to_string(arch));
   return *best;
 }
 
+// Sentences are made only where something is wrong: a launch costs the CPU as little as it can.
 void Launcher::launch(const Image& image, int64_t programs, std::initializer_list<Argument> arguments) const {
   if (programs == 0) return;  // an empty grid is an error to CUDA
-  require(programs <= INT32_MAX, text(image) + " would need " + std::to_string(programs) + " blocks; a grid has fewer than 2^31");
+  if (programs > INT32_MAX)
+    throw std::runtime_error(text(image) + " would need " + std::to_string(programs) + " blocks; a grid has fewer than 2^31");
   uint64_t values[kParameters + 2] = {};
   void* pointers[kParameters + 2];
   size_t count = 0;
   const Parameter* parameter = image.parameters;
   for (const Argument& argument : arguments) {
-    require(parameter->code, text(image) + " takes fewer arguments than it is given");
+    if (!parameter->code) break;
     const uint64_t value = argument.pack(image, *parameter);
     if (parameter->code != 'n' && parameter->code != '1') values[count++] = value;
     parameter++;
   }
-  require(!parameter->code, text(image) + " takes more arguments than it is given");
+  if (parameter->code || arguments.size() != size_t(parameter - image.parameters))
+    throw std::runtime_error(text(image) + " takes another number of arguments than " + std::to_string(arguments.size()));
   count += 2;  // Triton's two pointers to scratch memory, which these kernels do not use: null
   for (size_t i = 0; i < count; i++) pointers[i] = &values[i];
 
   const CUfunction function = function_of(image);
   if (!launches_) return;
   const Driver& cuda = Driver::get();
-  cuda.check(cuda.cuLaunchKernel(function, unsigned(programs), 1, 1, image.threads, 1, 1, image.shared,
-                                 static_cast<CUstream>(stream_), pointers, nullptr),
-             "launching " + text(image));
+  const CUresult result = cuda.cuLaunchKernel(function, unsigned(programs), 1, 1, image.threads, 1, 1, image.shared,
+                                              static_cast<CUstream>(stream_), pointers, nullptr);
+  if (result != CUDA_SUCCESS) cuda.check(result, "launching " + text(image));
 }
 
 }  // namespace genrec

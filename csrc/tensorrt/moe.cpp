@@ -71,6 +71,8 @@ class MoeExperts final : public Plugin {
     expect_shape(in, 2, {tokens_, top_k_}, "(T, k)");
     expect_shape(in, 3, {experts_, 2 * width_, dim_}, "(E, 2F, D)");
     expect_shape(in, 4, {experts_, dim_, width_}, "(E, D, F)");
+    require(pairs() <= INT32_MAX,
+            "there are " + std::to_string(pairs()) + " pairs of token and expert; expected fewer than 2^31");
   }
   std::string kernels() const override { return name_; }
   size_t workspace() const override {
@@ -80,7 +82,6 @@ class MoeExperts final : public Plugin {
 
   void launch(const Launcher& launcher, const void* const* in, void* const* out, char* workspace) const override {
     if (tokens_ == 0) return;
-    require(pairs() <= INT32_MAX, "there are " + std::to_string(pairs()) + " pairs of a token and an expert; expected fewer than 2^31");
     const Image& sort = launcher.find(name_, "order_kernel", pairs());
     const int64_t blocks = ceil_div(pairs(), sort["BLOCK"]);
     const Places at = places(blocks, sort["EXPERTS"]);

@@ -1,5 +1,6 @@
 #include "plugin.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -53,7 +54,8 @@ void read(const Attribute& attribute, const nvinfer1::PluginField& field) {
   } else if (is_wide) {
     int64_t value;
     std::memcpy(&value, field.data, sizeof value);
-    require(value == int32_t(value), std::string("attribute ") + attribute.name + " is " + std::to_string(value) + "; expected an int32");
+    require(value == int32_t(value),
+            std::string("attribute ") + attribute.name + " is " + std::to_string(value) + "; expected an int32");
     *attribute.integer = int32_t(value);
   } else {
     std::memcpy(attribute.integer, field.data, sizeof(int32_t));

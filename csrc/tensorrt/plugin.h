@@ -8,6 +8,7 @@
 #include <NvInferRuntime.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace genrec {

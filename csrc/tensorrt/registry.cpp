@@ -43,7 +43,8 @@ void log_error(const std::string& sentence) noexcept {
   const auto severity = ILogger::Severity::kERROR;
   if (ILoggerFinder* found = finder.load()) {
     if (is_rtx(*found)) {
-      if (rtx::Logger* logger = reinterpret_cast<rtx::Finder*>(found)->findLogger()) return logger->log(severity, sentence.c_str());
+      rtx::Logger* logger = reinterpret_cast<rtx::Finder*>(found)->findLogger();
+      if (logger) return logger->log(severity, sentence.c_str());
     } else if (ILogger* logger = found->findLogger()) {
       return logger->log(severity, sentence.c_str());
     }

@@ -28,7 +28,8 @@ class ReluAttention final : public Plugin {
     return attributes;
   }
   void check_attributes() const override {
-    require(divisor_ >= 0, "divisor is " + std::to_string(divisor_) + "; expected a positive number, or 0 for the number of keys");
+    require(divisor_ >= 0,
+            "divisor is " + std::to_string(divisor_) + "; expected a positive number, or 0 for the number of keys");
     require(visible_ == 0 || visible_ == 1, "visible is " + std::to_string(visible_) + "; expected 0 or 1");
     require(causal_ == 0 || causal_ == 1, "causal is " + std::to_string(causal_) + "; expected 0 or 1");
   }
@@ -43,7 +44,8 @@ class ReluAttention final : public Plugin {
     batch_ = q.d[0], heads_ = q.d[1], rows_ = q.d[2], dim_ = q.d[3];
     keys_ = in[1].dims.d[2], dim_v_ = in[2].dims.d[3], buckets_ = in[kBias].dims.d[1];
     name_ = kernel_name("relu_attention", in[0].type,
-                        {{"H", heads_}, {"D", dim_}, {"Dv", dim_v_}, {"limited", LIMITED}, {"causal", causal_}, {"visible", visible_}});
+                        {{"H", heads_}, {"D", dim_}, {"Dv", dim_v_}, {"limited", LIMITED}, {"causal", causal_},
+                         {"visible", visible_}});
   }
   void check_shapes(Descs in) const override {
     expect_shape(in, 1, {batch_, heads_, keys_, dim_}, "(B, H, Lk, D)");

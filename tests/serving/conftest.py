@@ -115,8 +115,6 @@ def connect(server):
 
 
 @pytest.fixture
-def main(monkeypatch):
+def main():
     """The command line."""
-    for command in ("serve", "loadtest"):
-        monkeypatch.setitem(cli.COMMANDS, command, "")
     return cli.main

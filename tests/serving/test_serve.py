@@ -16,8 +16,6 @@ import pytest
 from genrec.export.triton_server import write_repository
 from genrec.serving.server import Ports, last_words
 
-CODE = "import sys; from genrec import cli; cli.COMMANDS.setdefault('serve', ''); sys.exit(cli.main(sys.argv[1:]))"
-
 
 @pytest.fixture
 def own(exports, tmp_path):
@@ -38,7 +36,7 @@ def serve(own, serving_python, free_ports):
             argv += [f"--{name}_port", str(getattr(ports, name))]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", CODE, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [sys.executable, "-m", "genrec", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
         return started[-1], ports
@@ -57,7 +55,7 @@ def processes_of(directory):
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if str(directory) in line and "genrec import cli" not in line:
+        if str(directory) in line and "-m genrec serve" not in line:
             found.append(line)
     return found
 

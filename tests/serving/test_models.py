@@ -8,9 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import small
 import stand_in
+import torch
 
 from genrec.export.triton_server import MODELS, write_repository
+from genrec.generation import Recommender, RecommenderConfig
+from genrec.interfaces import Catalogue
 
 INPUTS = {"history": ["batch", "length"], "actions": ["batch", "length"], "contexts": ["batch", "length", 2]}
 
@@ -84,13 +88,13 @@ def load(monkeypatch, tmp_path):
     (export / "recommender.json").write_text(json.dumps(about))
     write_repository(export, tmp_path / "repository")
 
-    def make(file, directory, graph=None, **parameters):
+    def make(file, directory, graph=None, repository=tmp_path / "repository", **parameters):
         monkeypatch.syspath_prepend(MODELS)
         monkeypatch.delitem(sys.modules, file, raising=False)
         model = importlib.import_module(file).TritonPythonModel()
         server.InferenceRequest = graph
         said = {name: {"string_value": str(value)} for name, value in parameters.items()}
-        place = str(tmp_path / "repository" / directory)
+        place = str(repository / directory)
         config = json.dumps({"parameters": said})
         model.initialize({"model_repository": place, "model_version": "1", "model_config": config})
         return model
@@ -204,3 +208,27 @@ def test_a_run_that_breaks_is_repeated_one_by_one(load, monkeypatch):
     first, bad = model.execute([asked(history=np.array([[item]])) for item in (1, 13)])
     assert not first.has_error()
     assert bad.error().message() == "the graph refused this request: thirteen"
+
+
+def test_a_model_that_reads_every_type_of_token(load, tmp_path):
+    """From genrec.export.onnx through the repository: ragged requests get what the recommender itself says."""
+    from genrec.export.onnx import export_onnx
+
+    titles = np.array(["", *(f"title {i}" for i in range(1, 31))], np.object_)
+    catalogue = Catalogue(titles, titles, np.ones(31, np.int64), np.zeros((31, 4), np.float32))
+    recommender = Recommender(small.model(token_types=small.ALL_TYPES), RecommenderConfig(beams=8, top_k=6))
+    export_onnx(recommender, catalogue, tmp_path / "real", context_columns=2)
+    write_repository(tmp_path / "real", tmp_path / "served")
+    model = load("onnx_graph", "recommend_graph", repository=tmp_path / "served", max_length=40, threads=1)
+    rng = np.random.default_rng(0)
+    requests, expected = [], []
+    for rows, length in ((1, 1), (2, 7), (1, 20)):
+        history, actions, times, contexts = (
+            rng.integers(low, 5, (rows, length, *more)) for low, *more in ((1,), (0,), (0,), (0, 2))
+        )
+        requests.append(asked(history=history, actions=actions, times=times, contexts=contexts))
+        with torch.inference_mode():
+            expected.append(recommender(*map(torch.from_numpy, (history, actions, times, contexts))))
+    for response, (items, scores) in zip(model.execute(requests), expected, strict=True):
+        assert by_name(response, "item_ids").values.tolist() == items.tolist()
+        np.testing.assert_allclose(by_name(response, "scores").values, scores, rtol=1e-4, atol=1e-4)

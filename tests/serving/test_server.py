@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,3 +262,13 @@ def test_a_new_version_takes_over_without_a_dropped_request(server, repository, 
     for seen in versions:
         assert seen == sorted(seen)
         assert {1, 2} == set(seen)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_client_of_the_documentation(server, protocol, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 12
+    code = code.replace("tritonclient.http", f"tritonclient.{protocol}")
+    exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{getattr(server.ports, protocol)}"), {})
+    assert len(capsys.readouterr().out.splitlines()) == stand_in.TOP_K

@@ -123,7 +123,7 @@ def add_version(onnx_directory: Path, repository: Path, *, engine: Path | None =
             raise ValueError(
                 f"{onnx_directory} has other {name} than {repository}; expected the same, or a repository of its own"
             )
-    version = found.version + 1
+    version = 1 + max(_versions(repository / "recommend") + _versions(repository / "recommend_graph"))
     with atomic_directory(repository / f".version-{version}", overwrite=True) as directory:
         _write_version(directory, version, about, items, onnx_directory, engine)
     parts = repository / f".version-{version}"
@@ -141,7 +141,7 @@ def read_repository(directory: Path) -> Repository:
     for model in ("recommend", "recommend_graph"):
         if not (directory / model / "config.pbtxt").is_file():
             raise ValueError(f"{directory} has no {model}/config.pbtxt; {expected}")
-    versions = [int(path.name) for path in (directory / "recommend").iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]
+    versions = _versions(directory / "recommend")
     if not versions:
         raise ValueError(f"{directory / 'recommend'} has no version; {expected}")
     config = (directory / "recommend_graph" / "config.pbtxt").read_text()
@@ -246,6 +246,10 @@ def _write_version(
     shutil.copyfile(MODELS / "recommend.py", service / "model.py")
     (service / "recommender.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     (service / "items.json").write_text(json.dumps(items, ensure_ascii=False) + "\n")
+
+
+def _versions(model: Path) -> list[int]:
+    return [int(path.name) for path in model.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]
 
 
 def _tensor(kind: str, value: dict[str, Any], ragged: bool = False) -> str:

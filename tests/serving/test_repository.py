@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import stand_in
@@ -161,7 +162,9 @@ def test_add_version(export, tmp_path):
         add_version(other, out)
     with pytest.raises(ValueError, match="is of flavour cpu"):
         add_version(export, out, engine=tmp_path / "x.plan")
-    assert read_repository(out).version == 3
+    shutil.rmtree(out / "recommend" / "3")  # as one goes back to the version before
+    assert read_repository(out).version == 2
+    assert add_version(export, out) == 4
 
 
 def test_read_refuses(export, tmp_path):

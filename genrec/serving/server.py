@@ -21,6 +21,7 @@ from pathlib import Path
 from genrec.export.triton_server import Repository
 from genrec.serving.program import Program, model_arguments
 
+SHARED_MEMORY = Path("/dev/shm")  # where the server and its stubs exchange tensors
 PATIENCE = 15  # seconds that requests under way are given when the server is stopped
 
 
@@ -91,6 +92,8 @@ def running(
             yield Server(process, ports, log)
         finally:
             _stop(process)
+            for region in SHARED_MEMORY.glob(f"{Path(scratch).name}*"):  # a server that was killed leaves its own
+                region.unlink(missing_ok=True)
 
 
 def last_words(log: Path) -> str:
@@ -113,7 +116,7 @@ def _command(repository: Repository, program: Program, ports: Ports, scratch: Pa
         f"--model-repository={repository.directory.resolve()}",
         *model_arguments(repository, repository.directory.resolve()),
         *backends,
-        f"--backend-config=python,shm-region-prefix-name=genrec-{os.getpid()}",
+        f"--backend-config=python,shm-region-prefix-name={scratch.name}-",
         *(f"--{name}-address={ports.host}" for name in ("http", "grpc", "metrics")),
         *(f"--{name}-port={getattr(ports, name)}" for name in ("http", "grpc", "metrics")),
         f"--exit-timeout-secs={PATIENCE}",

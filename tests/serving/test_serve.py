@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from genrec.export.triton_server import write_repository
-from genrec.serving.server import Ports, last_words
+from genrec.serving.server import SHARED_MEMORY, Ports, last_words
 
 
 @pytest.fixture
@@ -22,6 +22,14 @@ def own(exports, tmp_path):
     """A repository of its own, so that its processes can be told from those of other tests."""
     write_repository(exports[1], tmp_path / "own")
     return tmp_path / "own"
+
+
+@pytest.fixture(autouse=True)
+def nothing_shared_is_left():
+    """Neither a server that ends nor one that is killed leaves shared memory behind."""
+    before = set(SHARED_MEMORY.iterdir())
+    yield
+    assert not [path for path in set(SHARED_MEMORY.iterdir()) - before if path.name.startswith("genrec-serve-")]
 
 
 @pytest.fixture
@@ -77,7 +85,6 @@ def test_serve_says_where_and_sigterm_ends_it(own, serve):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out.strip(), err.strip().count("\n")) == (0, "stopped", 0)
     assert not processes_of(own)
-    assert not list(Path("/dev/shm").glob(f"genrec-{process.pid}*"))
     assert "Started HTTPService" in own.with_name("own.log").read_text()
 
 

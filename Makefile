@@ -7,7 +7,7 @@ RUN ?= runs/demo
 # Every tensor in an allocation of its own, or an access past the end would land in a neighbour unseen.
 SANITIZER := GENREC_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help install peers demo test sanitize lint bench kernels-check tune gpu clean
+.PHONY: help install peers serve-env demo test sanitize lint bench kernels-check tune gpu clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -18,9 +18,11 @@ $(BIN)/python:
 $(VENV)/.torch: | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	@touch $@
+# TensorRT-RTX builds engines without a GPU; kernel-lens has TensorRT's headers, and is asked for nothing else.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(BIN)/pip install -q 'setuptools>=77' wheel
-	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev,tensorrt]'
+	$(BIN)/pip install -q --no-deps kernel-lens==2.0.1
 	@touch $@
 
 # What the benchmarks race against, without building genrec once more.
@@ -36,7 +38,16 @@ demo: install  ## raw MovieLens logs → trained recommender → runs/demo/repor
 
 peers: $(VENV)/.peers  ## the packages that the benchmarks race against
 
-test: peers  ## every test, with coverage, and every benchmark once
+# The environment that the server's models run in: numpy 1 and no torch.
+.venv-serve/.installed: pyproject.toml | $(VENV)/.installed
+	$(PYTHON) -m venv .venv-serve
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['serve'], sep='\n')" > .venv-serve/requirements.txt
+	.venv-serve/bin/pip install -q -r .venv-serve/requirements.txt
+	@touch $@
+
+serve-env: .venv-serve/.installed  ## the environment of Triton Inference Server, 450 MB
+
+test: peers serve-env  ## every test, with coverage, and every benchmark once
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 	$(BIN)/python -m pytest bench
 
@@ -63,9 +74,10 @@ gpu: install  ## the kernel tests on a CUDA device, a few under compute-sanitize
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device found; expected one')"
 	@command -v compute-sanitizer >/dev/null || { echo 'make gpu: compute-sanitizer is not on PATH; expected it there, from the CUDA toolkit' >&2; exit 1; }
 	GENREC_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/export/test_plugin_cuda.py
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/kernels/test_every_kernel.py
 	$(MAKE) bench BENCH="--bench-device cuda --bench-size full"
 
 clean:  ## remove everything that make built
-	rm -rf $(VENV) build *.egg-info genrec/*.so .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) .venv-serve build *.egg-info genrec/*.so .pytest_cache .mypy_cache .ruff_cache .coverage*

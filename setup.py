@@ -6,6 +6,7 @@ torch from the version below on. A build that fails leaves a working package in 
 
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 FLAGS = [
@@ -78,6 +80,14 @@ class BuildKernels(build_ext):
             super().copy_extensions_to_source()
 
 
+class BuildPackage(build_py):
+    def run(self) -> None:
+        """The package, with the sources of the TensorRT plugins: whoever installs a wheel builds them for a model."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("csrc/tensorrt", Path(self.build_lib, "genrec", "export", "csrc"), dirs_exist_ok=True)
+
+
 setup(
     ext_modules=[
         Extension(
@@ -88,6 +98,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,8 +1,10 @@
-"""Serve a model repository on a Triton Inference Server of this machine, until Ctrl-C.
+"""Serve a trained run, or any model repository, on a Triton Inference Server of this machine, until Ctrl-C.
 
-genrec serve --repository runs/demo/triton --python .venv-serve/bin/python
+genrec serve runs/demo --python .venv-serve/bin/python
+genrec serve --repository DIR
 
-Where there is no tritonserver, the command that starts one with docker is printed.
+A run is exported into its directory `triton` first, unless what is there is newer than the weights. Where there is no
+tritonserver, the command that starts one with docker is printed.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from genrec.serving.server import Ports, Server, running
 
 @dataclass(frozen=True)
 class Config:
-    repository: Path
-    """model repository, written by genrec export --to triton"""
+    run: Path | None = None
+    """directory of a trained run; may be given by its place"""
+    repository: Path | None = None
+    """instead, a model repository that genrec export --to triton wrote"""
     python: Path | None = None
     """interpreter of the environment that has nvidia-pytriton, onnxruntime and numpy<2; unless given, a tritonserver on
     PATH is taken, else this environment"""
@@ -43,7 +47,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Start, say where it listens, wait. Ctrl-C and SIGTERM stop the server in good order."""
-    repository = read_repository(config.repository)
+    repository = read_repository(_repository(config))
     try:
         program = find_program(config.python, repository)
     except NoServerError:
@@ -53,7 +57,7 @@ def run(config: Config) -> None:
     log = config.log or directory.with_name(f"{directory.name}.log")
     ports = Ports(config.http_port, config.grpc_port, config.metrics_port, config.host)
     signal.signal(signal.SIGTERM, _terminate)
-    loading = Console(stderr=True).status(f"loading the models of {config.repository} …")
+    loading = Console(stderr=True).status(f"loading the models of {directory} …")
     try:
         with loading, running(repository, program, ports, log, config.timeout) as server:
             loading.stop()
@@ -61,6 +65,25 @@ def run(config: Config) -> None:
             server.wait()
     except _TerminatedError:
         print("stopped")
+
+
+def _repository(config: Config) -> Path:
+    """The one to serve; a run's is written where it is not there or older than the weights."""
+    if (config.run is None) == (config.repository is None):
+        raise ValueError("expected either a run or --repository, and not both")
+    if config.run is None:
+        assert config.repository
+        return config.repository
+    out = config.run / "triton"
+    weights = next(
+        (p for p in (config.run / "model.safetensors", config.run / "model/model.safetensors") if p.is_file()), None
+    )
+    exported = out / "recommend_graph" / "config.pbtxt"
+    if weights is None or not exported.is_file() or exported.stat().st_mtime < weights.stat().st_mtime:
+        from genrec.cli import export  # with torch, which serving alone does without
+
+        export.run(export.Config(config.run, "triton", out, overwrite=True))
+    return out
 
 
 class _TerminatedError(Exception):

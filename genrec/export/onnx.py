@@ -15,7 +15,6 @@ import onnx
 import torch
 from onnx import ModelProto
 
-import genrec
 from genrec.data.catalogue import vocabulary_hash
 from genrec.data.files import atomic_directory
 from genrec.data.sequences import take_users
@@ -91,7 +90,6 @@ def export_onnx(
     proto = to_onnx(recommender, DTYPES[dtype], context_columns)
     about = {
         "format": FORMAT,
-        "genrec": genrec.__version__,
         "dtype": dtype,
         "inputs": [_tensor(value) for value in proto.graph.input],
         "outputs": [_tensor(value) for value in proto.graph.output],

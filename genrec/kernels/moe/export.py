@@ -21,7 +21,7 @@ def MoeRoute(logits, bias, top_k: int, renormalize: int):
     scores = op.Cast(logits, to=1)
     probability = op.Softmax(scores, axis=-1)
     k = op.Reshape(op.Constant(value_int=top_k), op.Constant(value_ints=[1]))
-    _, chosen = op.TopK(probability + op.Cast(bias, to=1), k)
+    _best, chosen = op.TopK(probability + op.Cast(bias, to=1), k)
     over_kept = op.Softmax(op.GatherElements(scores, chosen, axis=1), axis=-1)
     over_all = op.GatherElements(probability, chosen, axis=1)
     weights = op.Where(op.Cast(op.Constant(value_int=renormalize), to=9), over_kept, over_all)

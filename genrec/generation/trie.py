@@ -67,10 +67,9 @@ class Trie(nn.Module):
         0 elsewhere. An item is a child of one node, at a place that its leaf tells, so nothing is searched."""
         width, level = self.max_children[-1], self.levels - 1
         first = F.embedding(nodes, self.get_buffer(f"children{level}"))[..., :1]
-        place = take(self.leaves, items)[:, None] - first  # (B, W, X)
-        place = torch.where((place >= 0) & (place < width), place, width)  # `width` stands for elsewhere
-        penalty = torch.zeros(*nodes.shape, width + 1, device=nodes.device)
-        return penalty.scatter(2, place, -math.inf)[..., :width]
+        place = (take(self.leaves, items)[:, None] - (first - 1)).clamp(0, width + 1)  # (B, W, X), both ends: elsewhere
+        penalty = torch.zeros(*nodes.shape, width + 2, device=nodes.device)
+        return penalty.scatter(2, place, -math.inf)[..., 1 : width + 1]
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAPER, TOKENIZER = UGTConfig(**yaml.safe_load((ROOT / "configs/ugt/paper.yaml").read_text())), RQVAEConfig()
 WEIGHT, STATES = 2, 12  # bytes of a weight, gradient or activation; of its float32 copy and two Adam moments
 BACKWARD = {"linear": 2.0, "experts": 2.0, "attention": 2.5}  # FLOPs of a backward pass per FLOP of the forward one
-LOGIT, VECTOR, SCORE = 54, 12, 50  # bytes moved beside products: by linear_cross_entropy for a target and an item, and
+LOGIT, VECTOR, SCORE = 54, 12, 52  # bytes moved beside products: by linear_cross_entropy for a target and an item, and
 # for a chunk of targets and a number of the item vectors; by Recommender for a request and an item
 LOG_EVENT, LOG_USER = 3 * 9 + 16, 24  # bytes in EventSequences: an event of three tokens; a user, the id not counted
 # Cases of the benchmark, by operator. None measures linear layers alone: they are taken to do as well as experts.
@@ -36,7 +36,7 @@ CASES = {"linear": "experts ", "experts": "experts ", "attention": "histories of
 STEP, SERVED = "training step, 3127 events", "32 requests, 50 beams"
 # What bench/ runs end to end: its model, codes, items; tokens, rows a level and keys of a step; the mean history
 DEMO, DEMO_STEP, DEMO_EVENTS = (UGTConfig(), (64, 64, 64), 3650), (3127, [1881] * 3, [25.09, 30.66]), 46
-HEADS = {"beam alone": (0, 0), "item head, vectors kept": (1, 0), "item head": (1, 1)}  # scores items, sums up vectors
+HEADS = {"beam alone": 0, "item head": 1}  # whether every item is scored
 
 Codes = tuple[int, ...]  # codes per level
 Flops = dict[tuple[str, str], float]  # (part of the model, operator that computes it) → FLOPs of a forward pass
@@ -260,11 +260,11 @@ def catalogue(a: Assumptions) -> Table:
     yield "features", 4 * a.items * a.tokenizer.input_dim, "", ""
     seconds = search / (machine["matmul_rate"] * share(a, "nearest", False))
     yield "codebooks with moving averages; nearest codes", 4 * (2 * width + 1) * sum(codes), search, seconds
-    yield "trie, at most", 8 * (sum(x + 1 for x in nodes[:-1]) + sum(nodes[1:]) + a.items), "", ""
+    yield "trie, at most", 8 * (2 * sum(nodes[:-1]) + sum(nodes[1:]) + 2 * a.items + 1), "", ""
     yield f"semantic ids, {math.prod(codes) / a.items:,.0f} to choose from", 8 * a.items * len(codes), "", ""
 
 
-def serve(a: Assumptions, scores: int, sums: int, batch: int, device: Device) -> tuple[float, float, float, float]:
+def serve(a: Assumptions, scores: int, batch: int, device: Device) -> tuple[float, float, float, float]:
     """FLOPs and bytes of a request, its seconds by the operators' shares, and made slower as measured end to end."""
     m, codes, events = a.model, a.tokenizer.codebook_sizes, min(a.events_per_user, a.model.max_events)
     count, rows = parameters(m, codes, a.items), widths(codes, a.beams)
@@ -273,7 +273,7 @@ def serve(a: Assumptions, scores: int, sums: int, batch: int, device: Device) ->
     logits = sum(n * size for n, size in zip(rows, codes, strict=True))
     # during the products: weights once a batch, activations out and in; beside them: what is there for every item
     during = (WEIGHT * count.total() - vectors * (1 - scores)) / batch + 2 * (WEIGHT * numbers + 4 * logits)
-    beside = sums * (4 * len(codes) + 4) * vectors / batch + scores * SCORE * a.items  # UGT.item_vectors, Recommender
+    beside = scores * SCORE * a.items
     flops = request(m, codes, scores * a.items, events, a.beams)
     once, copy = compute(a, flops, False, device.matmul_flops), device.copy_bytes
     fast, slow = (max(x, during / copy) + beside / copy for x in (once, slowness(a, SERVED) * once))
@@ -285,10 +285,10 @@ def serving(a: Assumptions) -> Table:
     yield "a request", "batch", "work [FLOP]", "moved [B]", "requests/s", "slowed", "measured machine, slowed"
     machine = measured(a.results)[STEP]
     cpu = Device(machine["matmul_rate"], machine["copy_rate"] * WEIGHT / 4)  # float32: twice the bytes
-    for head, does in HEADS.items():
+    for head, scores in HEADS.items():
         for batch in sorted({1, 16, a.batch}):
-            flops, moved, fast, slow = serve(a, *does, batch, a.device)
-            yield head, f"{batch}", flops, moved, 1 / fast, 1 / slow, 1 / serve(a, *does, batch, cpu)[3]
+            flops, moved, fast, slow = serve(a, scores, batch, a.device)
+            yield head, f"{batch}", flops, moved, 1 / fast, 1 / slow, 1 / serve(a, scores, batch, cpu)[3]
 
 
 def everybody(a: Assumptions) -> Table:
@@ -297,7 +297,7 @@ def everybody(a: Assumptions) -> Table:
     days = [event_seconds(a, x, slowness(a, STEP)) / 86_400 for x in (a.items, a.negatives)]
     for users in a.users if isinstance(a.users, tuple) else (a.users,):
         events, asked = users * a.events_per_user, users * a.requests_per_day * a.peak_factor / 86_400
-        gpus = (f"{math.ceil(asked * serve(a, *does, a.batch, a.device)[3]):,}" for does in HEADS.values())
+        gpus = (f"{math.ceil(asked * serve(a, scores, a.batch, a.device)[3]):,}" for scores in HEADS.values())
         log = si(LOG_USER * users + LOG_EVENT * events, "B")
         yield f"{users:,.0f}", log, *(f"{events * x:,.3g}" for x in days), asked, *gpus
 

@@ -256,7 +256,7 @@ def test_the_catalogue_is_what_the_program_holds(monkeypatch):
     a = Assumptions(items=60, tokenizer=RQVAEConfig(codebook_sizes=codes))
     table = lines(scaling.catalogue(a))
     trie = Trie(small.semantic_ids(60, codes))  # every id is taken: at most is what it is
-    assert table["trie, at most"][0] == sum(x.nbytes for x in [trie.items, *trie.first_child, *trie.code])
+    assert table["trie, at most"][0] == sum(x.nbytes for x in trie.buffers())
     buffers = [x for name, x in RQVAE(a.tokenizer).named_buffers() if name not in ("mean", "scale")]
     assert table["codebooks with moving averages; nearest codes"][0] == sum(x.nbytes for x in buffers)
 
@@ -270,15 +270,15 @@ def test_the_log_is_that_of_event_sequences():
 
 def test_requests():
     a = Assumptions(items=1e6)
-    alone, kept, summed = (
-        [scaling.serve(a, *does, batch, a.device) for batch in (1, 64)] for does in scaling.HEADS.values()
+    alone, scored = (
+        [scaling.serve(a, scores, batch, a.device) for batch in (1, 64)] for scores in scaling.HEADS.values()
     )
-    for few, many in (alone, kept, summed):
+    for few, many in (alone, scored):
         assert few[0] == many[0]
         assert few[1] > many[1]
         assert few[2] >= many[2]
-    assert alone[1][2] < kept[1][2] < summed[1][2]
-    assert all(slow >= fast for way in (alone, kept, summed) for _, _, fast, slow in way)
+    assert alone[1][2] < scored[1][2]
+    assert all(slow >= fast for way in (alone, scored) for _, _, fast, slow in way)
     once, thrice = ([line[4] for line in scaling.everybody(Assumptions(users=x))][1] for x in (1e6, 3e6))
     assert thrice == pytest.approx(3 * once)
 

@@ -1,15 +1,11 @@
 """Triton kernels without a GPU: the interpreter runs them on CPU tensors, behind the same operators."""
 
-import os
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is defined
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from genrec.data.chunks import stream_sequences
 from genrec.data.sequences import leave_out, load_sequences, take_users
 from genrec.generation import Recommender
 from genrec.generation.storage import load_model, read_model_json
@@ -25,7 +26,7 @@ from genrec.profiling.operators import OperatorConfig, operator_call
 from genrec.profiling.window import SUFFIX, WindowConfig, nsight_tool, relaunch, run_window
 from genrec.training.config import TrainConfig
 from genrec.training.engines.torch import TorchEngine
-from genrec.training.loop import train_step
+from genrec.training.loop import Trainer
 from genrec.training.run import build_model, training_device
 from genrec.training.stages import build_stage
 
@@ -90,12 +91,13 @@ Step = tuple[Callable[[int], object], torch.device]
 
 
 def _train(config: Train) -> Step:
-    model = build_model(config)
-    events, _ = leave_out(load_sequences(config.features), 2)
+    model = build_model(config).to(training_device(config.device))
+    events = stream_sequences(config.features, config.chunk_events).map(lambda chunk: leave_out(chunk, 2)[0])
     stage = build_stage(config.stage, config, model, events)
-    engine = TorchEngine(model, stage.optimizer, config.precision)
-    total = config.warmup + config.steps
-    return lambda i: train_step(stage, model, engine, i, total, config.seed), engine.device
+    engine, total = TorchEngine(model, stage.optimizer, config), config.warmup + config.steps
+    trainer = Trainer(stage, model, engine, total, config.seed, config.compile)
+    batches = trainer.micro_batches(0, total, config.micro_batches)
+    return lambda i: trainer.step(i, next(batches)), engine.device
 
 
 def _generate(config: Generate) -> Step:

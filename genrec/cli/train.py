@@ -9,6 +9,8 @@ and gives the same losses as one that was never stopped.
 
 from __future__ import annotations
 
+import os
+
 from genrec.training.config import TrainConfig as Config
 from genrec.training.run import train
 
@@ -17,4 +19,5 @@ def run(config: Config) -> None:
     """Run the training and say where it went."""
     model = train(config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"trained {parameters:,} parameters → {config.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained {parameters:,} parameters → {config.out}")

@@ -31,8 +31,12 @@ def load_sequences(directory: Path | str) -> EventSequences:
 
     Raises FileNotFoundError if a file is missing, ValueError if one is not what it should be.
     """
-    tables = [_read_part(path) for path in _part_files(Path(directory) / "sequences")]
-    table = pa.concat_tables(tables)
+    return read_parts(part_files(Path(directory) / "sequences"))
+
+
+def read_parts(paths: Sequence[Path]) -> EventSequences:
+    """The sequences of these part files, one after the other; ValueError if one is not what it should be."""
+    table = pa.concat_tables([_read_part(path) for path in paths])
     cu_tokens, token_ids = _flatten(table, "token_ids")
     cu_events, item_ids = _flatten(table, "item_ids")
     return EventSequences(
@@ -108,6 +112,22 @@ def take_users(sequences: EventSequences, users: NDArray[np.int64] | Sequence[in
     )
 
 
+def join_users(parts: Sequence[EventSequences]) -> EventSequences:
+    """The users of all parts, one after the other; at least one part."""
+
+    def joined(name: str) -> NDArray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def offsets(name: str) -> NDArray[np.int64]:
+        lengths = [np.diff(getattr(part, name)) for part in parts]
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+
+    names = ("user_ids", "token_ids", "type_ids", "positions", "item_ids", "ratings", "timestamps")
+    return EventSequences(
+        cu_tokens=offsets("cu_tokens"), cu_events=offsets("cu_events"), **{name: joined(name) for name in names}
+    )
+
+
 def filter_token_types(sequences: EventSequences, types: Iterable[TokenType]) -> EventSequences:
     """Only tokens of these types; item tokens always stay. Events are untouched."""
     keep = np.isin(sequences.type_ids, [int(TokenType.ITEM), *(int(token_type) for token_type in types)])
@@ -162,7 +182,8 @@ def _elements(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDAr
     return ragged_ranges(offsets[rows], offsets[rows + 1] - offsets[rows])
 
 
-def _part_files(directory: Path) -> list[Path]:
+def part_files(directory: Path) -> list[Path]:
+    """part-00000-of-N.parquet … in their order; FileNotFoundError unless all N of them are there."""
     paths = sorted(directory.glob("part-*-of-*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{directory} holds no part-*.parquet; expected the output of genrec features")

@@ -1,4 +1,4 @@
-"""Training batches as a pure function of (seed, epoch, step): there is no loader state to save or to lose."""
+"""Windows over histories, and the packed batches cut from them."""
 
 from __future__ import annotations
 
@@ -40,34 +40,28 @@ def all_positions(cu_events: IntArray, max_events: int) -> Windows:
     Histories longer than max_events are cut into overlapping windows, so that every target beyond the first window
     still sees at least half of max_events events.
     """
-    stride = max(1, max_events // 2)
-    rows = []
-    for begin, end in zip(cu_events[:-1].tolist(), cu_events[1:].tolist(), strict=True):
-        first_target, window_end = begin + 1, min(end, begin + max_events + 1)
-        while first_target < end:
-            rows.append((max(begin, window_end - max_events - 1), first_target, window_end))
-            first_target, window_end = window_end, min(end, window_end + stride)
-    return _windows(rows)
+    first, last, stride = cu_events[:-1], cu_events[1:], max(1, max_events // 2)
+    beyond = np.maximum(last - first - 1 - max_events, 0)  # targets that the first window does not reach
+    windows = np.where(last - first > 1, 1 - (-beyond // stride), 0)
+    number, _ = ragged_ranges(np.zeros_like(windows), windows)  # of the window within its user
+    first, last = np.repeat(first, windows), np.repeat(last, windows)
+    reach = first + max_events + 1 + number * stride
+    end = np.minimum(reach, last)
+    first_target = np.where(number == 0, first + 1, reach - stride)
+    return Windows(np.maximum(first, end - max_events - 1), first_target, end)
 
 
 def last_positions(cu_events: IntArray, max_events: int, targets: int) -> Windows:
     """One window per user, whose targets are the user's last `targets` events."""
-    rows = []
-    for begin, end in zip(cu_events[:-1].tolist(), cu_events[1:].tolist(), strict=True):
-        if end - begin > 1:
-            begin = max(begin, end - max_events - 1)
-            rows.append((begin, max(begin + 1, end - targets), end))
-    return _windows(rows)
+    able = np.diff(cu_events) > 1
+    first, end = cu_events[:-1][able], cu_events[1:][able]
+    begin = np.maximum(first, end - max_events - 1)
+    return Windows(begin, np.maximum(begin + 1, end - targets), end)
 
 
 def liked_events(sequences: EventSequences, liked_from: float) -> NDArray[np.bool_]:
     """(E,) the events that the user valued: rated liked_from or better, or not rated at all."""
     return np.isnan(sequences.ratings) | (sequences.ratings >= liked_from)
-
-
-def _windows(rows: list[tuple[int, int, int]]) -> Windows:
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    return Windows(*table.T)
 
 
 class TrainingSet:
@@ -79,18 +73,25 @@ class TrainingSet:
         """wanted (E,): which events may be targets; out-of-vocabulary events never are."""
         self.sequences = filter_token_types(sequences, config.types)
         self.wanted = wanted & (sequences.item_ids > 0)
-        targets_before = np.concatenate([[0], np.cumsum(self.wanted)])
+        self._targets_before = np.concatenate([[0], np.cumsum(self.wanted)])
         self._event_tokens = np.append(
             np.flatnonzero(self.sequences.type_ids == TokenType.ITEM), len(self.sequences.token_ids)
         )  # the first token of every event
-        has_target = targets_before[windows.end] > targets_before[windows.first_target]
-        self.windows = windows.take(np.flatnonzero(has_target))
+        self.windows = windows.take(np.flatnonzero(self.targets(windows)))
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def batch(self, windows: Windows, device: torch.device | str) -> tuple[TokenBatch, TargetBatch]:
-        """The packed histories and targets of some windows."""
+    def tokens(self, windows: Windows) -> IntArray:
+        """(W,) how many tokens each window reads."""
+        return self._event_tokens[windows.end - 1] - self._event_tokens[windows.begin]
+
+    def targets(self, windows: Windows) -> IntArray:
+        """(W,) how many targets each window has."""
+        return self._targets_before[windows.end] - self._targets_before[windows.first_target]
+
+    def batch(self, windows: Windows) -> tuple[TokenBatch, TargetBatch]:
+        """The packed histories and targets of some windows, at least one."""
         first, last = self._event_tokens[windows.begin], self._event_tokens[windows.end - 1]
         rows, cu_tokens = ragged_ranges(first, last - first)
         owner = np.repeat(np.arange(len(windows)), last - first)
@@ -105,7 +106,7 @@ class TrainingSet:
         last_tokens = self._event_tokens[events] - 1 - first[target_owner] + cu_tokens[target_owner]
 
         def to(array: NDArray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+            return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
         return (
             TokenBatch(
@@ -117,26 +118,3 @@ class TrainingSet:
                 int(np.diff(cu_targets).max()),
             ),
         )  # fmt: skip
-
-
-class EpochOrder:
-    """Which windows go into the batch of a step: windows of like length together, batches in random order."""
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.steps = -(-len(windows) // batch_size)
-        self._epoch, self._batches = -1, [np.zeros(0, np.int64)]
-
-    def __getitem__(self, step: int) -> Windows:
-        """The windows of `step`, counted from 0 over all epochs."""
-        epoch, index = divmod(step, self.steps)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return self.windows.take(self._batches[index])
-
-    def _shuffle(self, epoch: int) -> list[IntArray]:
-        rng = np.random.default_rng([self.seed, epoch])
-        lengths = self.windows.end - self.windows.begin
-        by_length = np.argsort(lengths + 2 * rng.random(len(lengths)), kind="stable")
-        batches = np.split(by_length, range(self.batch_size, len(by_length), self.batch_size))
-        return [batches[i] for i in rng.permutation(len(batches))]

@@ -35,8 +35,8 @@ class PretrainConfig:
 
     epochs: float = 12
     """passes over the data"""
-    batch_size: int = 128
-    """windows of histories per step"""
+    batch_tokens: int = 4096
+    """most tokens of histories in a micro-batch"""
     item_weight: float = 1.0
     """weight of the item head's cross-entropy beside the three code losses"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -49,8 +49,8 @@ class FinetuneConfig:
 
     epochs: float = 2
     """passes over the data"""
-    batch_size: int = 128
-    """users per step"""
+    batch_tokens: int = 4096
+    """most tokens of histories in a micro-batch"""
     item_weight: float = 1.0
     """weight of the item head's cross-entropy beside the three code losses"""
     liked_from: float = 4.0
@@ -67,8 +67,8 @@ class AlignConfig:
 
     epochs: float = 1
     """passes over the data"""
-    batch_size: int = 64
-    """users per step"""
+    batch_tokens: int = 2048
+    """most tokens of histories in a micro-batch; every history has one chosen item and `negatives` rejected ones"""
     item_weight: float = 1.0
     """weight of the item head's cross-entropy in the anchor"""
     liked_from: float = 4.0
@@ -85,12 +85,30 @@ class AlignConfig:
     """how far the model may move from the reference: lower is farther"""
     weight: float = 0.2
     """weight of the preference loss beside the anchor"""
+    max_recall_loss: float = 0.1
+    """stop when recall@10 on the validation events falls by more than this share of what it was before"""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-4, warmup_steps=10))
     """optimizer of this stage"""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class ParallelConfig:
+    """How the processes that torchrun or deepspeed start share the work, and in which precision."""
+
+    parallel: Literal["ddp", "fsdp", "zero-1", "zero-2", "zero-3"] = "ddp"
+    """ddp: a copy of everything on every rank; fsdp: PyTorch's FSDP2; zero-…: a stage of DeepSpeed's ZeRO"""
+    micro_batches: int = 1
+    """of a step over all ranks, a multiple of their number; where a rank has several it accumulates their gradients"""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of products; auto: bfloat16 where the processor computes in it. float16 scales losses dynamically"""
+    recompute: bool = False
+    """keep no activations inside layers but compute them again for the gradients: less memory, a third more time"""
+    compile: bool = False
+    """compile losses and gradients with torch.compile"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ParallelConfig):
     """From event sequences and semantic ids to the weights of a UGT."""
 
     features: Path
@@ -129,12 +147,12 @@ class TrainConfig:
     """go on from the newest whole checkpoint in out"""
     overwrite: bool = False
     """start anew where out already holds a run"""
+    chunk_events: int = 5_000_000
+    """events that are in memory at a time, and shuffled among each other; the next as many are read meanwhile"""
     seed: int = 0
     """seed of weights, batches and dropout"""
     threads: int = 0
     """CPU threads; 0 takes all cores"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where the processor computes in it"""
     device: str = "auto"
     """cpu, cuda, or auto"""
 
@@ -156,8 +174,11 @@ _LEAST = {
     "alpha_users": 1,
     "checkpoint_every": 1,
     "log_every": 1,
+    "micro_batches": 1,
+    "chunk_events": 1,
     "threads": 0,
     "recommender.beams": 1,
 }
-_LEAST |= {f"{stage}.epochs": 0 for stage in STAGES} | {f"{stage}.batch_size": 1 for stage in STAGES}
+_LEAST |= {f"{stage}.epochs": 0 for stage in STAGES} | {f"{stage}.batch_tokens": 1 for stage in STAGES}
 _LEAST |= {"finetune.last_targets": 1, "align.last_targets": 1, "align.beams": 1, "align.negatives": 1}
+_LEAST |= {"align.max_recall_loss": 0}

@@ -53,6 +53,24 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog(MetricsLog):
+    """For the ranks that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def rewind(self, stage: str, step: int) -> None:
+        pass
+
+    def write(self, stage: str, step: int, **values: float | list[float]) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []

@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from genrec.data.catalogue import load_catalogue, load_semantic_ids
+from genrec.data.chunks import Chunks, stream_sequences
 from genrec.data.files import atomic_directory, atomic_file, locked
-from genrec.data.sequences import leave_out, load_sequences
+from genrec.data.sequences import leave_out
 from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.storage import read_model_json, save_model
-from genrec.interfaces import EventSequences
 from genrec.models.ugt import UGT, ModelVocabulary
 from genrec.training.config import TrainConfig
-from genrec.training.log import MetricsLog
+from genrec.training.log import MetricsLog, NoLog
 from genrec.training.loop import Plan, run_stage
+from genrec.training.ranks import Ranks, joined
 from genrec.training.stages import Stage, build_stage
 from genrec.training.validation import Validator
 
-NOT_PART_OF_THE_RUN = ("out", "resume", "overwrite", "threads")  # these may differ when a run is resumed
+# these may differ when a run is resumed: the engine and the number of ranks change nothing but rounding
+NOT_PART_OF_THE_RUN = ("out", "resume", "overwrite", "threads", "parallel", "recompute", "compile")
 Chosen = dict[str, Any] | None  # model.json of the run that is refitted
 
 
 def train(config: TrainConfig) -> UGT:
     """Run all stages; the directory config.out then holds model.safetensors, model.json and metrics.jsonl."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    sequences = load_sequences(config.features)
-    chosen = _chosen_before(config)
-    with locked(config.out):
-        model = build_model(config)
-        validator = None if config.refit else _validator(sequences, config, config.valid_users)
-        _prepare_directory(config)  # last of all that can fail early, so that a mistyped path costs nobody a run
-        held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
-        events, _ = leave_out(sequences, held_out)
-        with MetricsLog(config.out) as log:
-            stages = {
-                name: _finish_stage(name, model, events, config, chosen, log, validator) for name in config.stages
-            }
-        recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, config, chosen))
-        data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
-        save_model(config.out, model, recommender, data=data, stages=stages)
-        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    with joined(training_device(config.device), always=config.parallel.startswith("zero")) as ranks:
+        if config.micro_batches % ranks.world:
+            raise ValueError(f"micro_batches is {config.micro_batches}; expected a multiple of the {ranks.world} ranks")
+        sequences = stream_sequences(config.features, config.chunk_events)
+        chosen = _chosen_before(config)
+        with ExitStack() as held:
+            ranks.on_first(lambda: held.enter_context(locked(config.out)))
+            return _train(config, sequences, chosen, ranks)
+
+
+def _train(config: TrainConfig, sequences: Chunks, chosen: Chosen, ranks: Ranks) -> UGT:
+    model = build_model(config)
+    validator = None if config.refit else _validator(sequences, config, config.valid_users, ranks)
+    ranks.on_first(lambda: _prepare_directory(config))  # last of all that can fail early: a mistyped path costs no run
+    held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
+    events = sequences.map(lambda chunk: leave_out(chunk, held_out)[0])
+    with MetricsLog(config.out) if ranks.first else NoLog() as log:
+        stages = {
+            name: _finish_stage(name, model, events, config, chosen, log, validator, ranks) for name in config.stages
+        }
+    model = model.to(ranks.device)
+    recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, config, chosen, ranks))
+    data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
+    ranks.on_first(lambda: save_model(config.out, model, recommender, data=data, stages=stages))
+    ranks.on_first(lambda: shutil.rmtree(config.out / "checkpoints", ignore_errors=True))
     return model
 
 
 def build_model(config: TrainConfig) -> UGT:
-    """A fresh model, whose weights are a function of the seed and of the item features."""
+    """A fresh model on the CPU, whose weights are a function of the seed and of the item features."""
     catalogue = load_catalogue(config.features)
     semantic_ids = load_semantic_ids(config.semantic_ids, catalogue)
     vocabulary = ModelVocabulary(
@@ -60,34 +75,41 @@ def build_model(config: TrainConfig) -> UGT:
     torch.manual_seed(config.seed)
     model = UGT(config.model, vocabulary, torch.from_numpy(semantic_ids.codes))
     model.place_items(torch.from_numpy(catalogue.features))
-    return model.to(training_device(config.device))
+    return model
 
 
 def _finish_stage(
     name: str,
     model: UGT,
-    events: EventSequences,
+    events: Chunks,
     config: TrainConfig,
     chosen: Chosen,
     log: MetricsLog,
     validator: Validator | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Run a stage, or take its weights where an earlier part of this run already finished it."""
+    """Train a copy of `model` in a stage, which engines may take apart, and give its weights to `model`; or those that
+    an earlier part of this run already has."""
     done = config.out / "stages" / name
-    if not done.is_dir():
+    if not ranks.on_first(done.is_dir):
         began = time.monotonic()
-        stage = build_stage(name, config, model, events)
+        trained = copy.deepcopy(model).to(ranks.device)
+        stage = build_stage(name, config, trained, events)
         plan = _plan(stage, chosen)
-        progress = run_stage(stage, model, plan, config, log, validator)
-        best_step = plan.stop if validator is None else progress.best_step
-        best = None if validator is None else progress.best
-        record = {"steps": plan.total, "best_step": best_step, "best": best,
+        progress, weights = run_stage(stage, trained, plan, config, log, validator, ranks)
+        record = {"steps": plan.total, "applied": progress.applied, "best_step": plan.stop, "best": None,
                   "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-        with atomic_directory(done) as temporary:
-            save_file(model.state_dict(), temporary / "model.safetensors")
-            (temporary / "stage.json").write_text(json.dumps(record))
+        if validator is not None:
+            record |= {"best_step": progress.best_step, "best": progress.best}
+        ranks.on_first(lambda: _keep_stage(done, weights, record))
     model.load_state_dict(load_file(done / "model.safetensors"))
     return json.loads((done / "stage.json").read_text())
+
+
+def _keep_stage(directory: Path, weights: dict[str, Tensor], record: dict[str, Any]) -> None:
+    with atomic_directory(directory) as temporary:
+        save_file(weights, temporary / "model.safetensors")
+        (temporary / "stage.json").write_text(json.dumps(record))
 
 
 def _chosen_before(config: TrainConfig) -> Chosen:
@@ -108,14 +130,14 @@ def _plan(stage: Stage, chosen: Chosen) -> Plan:
     return Plan(chosen["stages"][stage.name]["steps"], chosen["stages"][stage.name]["best_step"])
 
 
-def _alpha(model: UGT, sequences: EventSequences, config: TrainConfig, chosen: Chosen) -> float:
+def _alpha(model: UGT, sequences: Chunks, config: TrainConfig, chosen: Chosen, ranks: Ranks) -> float:
     if chosen is not None:
         return float(chosen["recommender"]["alpha"])
-    return _validator(sequences, config, config.alpha_users).best_alpha(model, config.alphas)
+    return _validator(sequences, config, config.alpha_users, ranks).best_alpha(model, config.alphas)
 
 
-def _validator(sequences: EventSequences, config: TrainConfig, users: int) -> Validator:
-    return Validator(sequences, config.recommender, users, config.seed, config.finetune.liked_from)
+def _validator(sequences: Chunks, config: TrainConfig, users: int, ranks: Ranks) -> Validator:
+    return Validator(sequences, config.recommender, users, config.seed, config.finetune.liked_from, ranks)
 
 
 def _prepare_directory(config: TrainConfig) -> None:

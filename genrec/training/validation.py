@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from genrec.data.sequences import leave_out, take_users
+from genrec.data.chunks import Chunks
+from genrec.data.sequences import join_users, last_events, leave_out, take_users
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender, RecommenderConfig
+from genrec.generation.requests import token_batch
 from genrec.interfaces import EventSequences
 from genrec.models.ugt import UGT
 from genrec.training.batches import liked_events
+from genrec.training.ranks import Ranks
 
 SELECT_BY = "ndcg@10"
 SELECT_BY_LIKED = "liked_ndcg@10"  # the same over the users who liked what they took next
@@ -18,30 +23,92 @@ SELECT_BY_LIKED = "liked_ndcg@10"  # the same over the users who liked what they
 class Validator:
     """Leave-one-out on every user's second to last event, for at most `users` users drawn by `seed`.
 
-    liked_from: the rating from which on that event counts as liked; an event without a rating always does.
+    liked_from: the rating from which on that event counts as liked; an event without a rating always does. Ranks share
+    the users and know all of the result.
     """
 
     def __init__(
-        self, sequences: EventSequences, config: RecommenderConfig, users: int, seed: int, liked_from: float
+        self,
+        events: Chunks,
+        config: RecommenderConfig,
+        users: int,
+        seed: int,
+        liked_from: float,
+        ranks: Ranks | None = None,
     ) -> None:
-        histories, targets = leave_out(sequences, 2)
-        able = np.flatnonzero((np.diff(histories.cu_events) > 0) & (targets > 0))
-        if len(able) == 0:
+        self.config, self.ranks = config, ranks or Ranks()
+        counts = [len(_able(sequences)) for sequences in events]
+        if sum(counts) == 0:
             raise ValueError("no user has three events or more; expected some, to train, validate and test on")
-        chosen = np.sort(np.random.default_rng(seed).permutation(able)[:users])
-        self.histories, self.targets, self.config = take_users(histories, chosen), targets[chosen], config
-        liked = liked_events(sequences, liked_from)[sequences.cu_events[1:][chosen] - 2]
+        drawn = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:users])
+        ends = np.cumsum(counts)
+        chosen = [
+            take_users(events.read(chunk), _able(events.read(chunk))[drawn[(first <= drawn) & (drawn < end)] - first])
+            for chunk, (first, end) in enumerate(zip(ends - counts, ends, strict=True))
+        ]
+        sequences = join_users(chosen)
+        self.histories, self.targets = leave_out(sequences, 2)
+        liked = liked_events(sequences, liked_from)[sequences.cu_events[1:] - 2]
         self.liked = liked if liked.any() else np.ones_like(liked)
 
     def __call__(self, model: UGT) -> dict[str, float]:
-        """{"recall@5": …, "ndcg@10": …, "liked_ndcg@10": …} of the model, which is left in evaluation mode."""
-        ranked = Recommender(model, self.config).rank(self.histories, 10)
+        """{"recall@5": …, "ndcg@10": …, "liked_ndcg@10": …, "validity": …} of the model, which is left in evaluation
+        mode. validity: the share of users for whom the likeliest codes, freely chosen level by level, are an item."""
+        recommender = Recommender(model, self.config)
+        mine = take_users(self.histories, self._mine())
+        ranked = self._together(recommender.rank(mine, 10))
+        valid = self._together(free_choices_exist(model, mine))
+        metrics = rank_metrics(ranked, self.targets, ks=(5, 10))
         liked = rank_metrics(ranked[self.liked], self.targets[self.liked], ks=(5, 10))
-        return rank_metrics(ranked, self.targets, ks=(5, 10)) | {f"liked_{key}": value for key, value in liked.items()}
+        return metrics | {f"liked_{key}": value for key, value in liked.items()} | {"validity": float(valid.mean())}
 
     def best_alpha(self, model: UGT, alphas: tuple[float, ...]) -> float:
         """The weight of the item head that ranks best; the lowest where several do."""
         alphas = tuple(sorted(alphas))
-        results = Recommender(model, self.config).rank_by_alpha(self.histories, 10, alphas)
-        quality = [rank_metrics(ranked, self.targets, ks=(10,))[SELECT_BY] for ranked, _ in results]
+        results = Recommender(model, self.config).rank_by_alpha(take_users(self.histories, self._mine()), 10, alphas)
+        ranked = [self._together(ranked) for ranked, _ in results]
+        quality = [rank_metrics(one, self.targets, ks=(10,))[SELECT_BY] for one in ranked]
         return alphas[int(np.argmax(quality))]
+
+    def _mine(self) -> NDArray[np.int64]:
+        """Every world-th user is this rank's."""
+        return np.arange(self.ranks.rank, len(self.histories), self.ranks.world)
+
+    def _together(self, mine: NDArray) -> NDArray:
+        """Rows of all users from the rows of every rank's."""
+        rows = np.empty((len(self.histories), *mine.shape[1:]), mine.dtype)
+        for rank, part in enumerate(self.ranks.gather(mine)):
+            rows[rank :: self.ranks.world] = part
+        return rows
+
+
+@torch.no_grad()
+def free_choices_exist(model: UGT, histories: EventSequences, batch_size: int = 256) -> NDArray[np.bool_]:
+    """(U,) whether greedy decoding without the trie ends at an item: what a model knows of the catalogue by itself."""
+    model.eval()
+    device = model.codes.device
+    known = {tuple(codes) for codes in model.codes[1:].tolist()}
+    found: list[bool] = []
+    for begin in range(0, len(histories), batch_size):
+        users = take_users(histories, np.arange(begin, min(begin + batch_size, len(histories))))
+        tokens = token_batch(last_events(users, model.config.max_events), model.config, device).padded()
+        vectors = model.item_vectors()
+        encoded = model.encode(tokens, vectors)
+        memory = model.memory(encoded, tokens)
+        x, chosen = model.first_row(model.users(encoded, tokens), tokens)[:, None], []
+        past: list[list] = [[] for _ in memory.layers]
+        for level in range(model.levels):
+            hidden, new = model.step(x, level, memory, past)
+            for layer, key_value in zip(past, new, strict=True):
+                layer.append(key_value)
+            chosen.append(model.code_logits(level, hidden).argmax(-1))
+            if level + 1 < model.levels:
+                x = model.decoder_input(level + 1, chosen[-1])
+        found += [tuple(codes) in known for codes in torch.cat(chosen, 1).tolist()]
+    return np.array(found, bool)
+
+
+def _able(sequences: EventSequences) -> NDArray[np.int64]:
+    """The users whose second to last event is a known item with something before it."""
+    histories, targets = leave_out(sequences, 2)
+    return np.flatnonzero((np.diff(histories.cu_events) > 0) & (targets > 0))

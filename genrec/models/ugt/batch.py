@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,14 @@ class TargetBatch:
     last_tokens: Tensor  # (M,) int64, row in the TokenBatch of the last token the target may see
     cu_seqlens: Tensor  # (B + 1,) int32, which targets belong to which sequence
     max_seqlen: int  # most targets of one sequence
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: B) -> B:
+    """The same dataclass with `function` applied to every tensor in it, also in dataclasses inside."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}  # type: ignore[arg-type]
+    changed = {
+        name: function(value) if isinstance(value, Tensor) else map_tensors(function, value)
+        for name, value in values.items()
+        if isinstance(value, Tensor) or is_dataclass(value)
+    }
+    return replace(batch, **changed)  # type: ignore[type-var]

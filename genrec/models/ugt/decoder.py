@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genrec.models.ugt.batch import TargetBatch, TokenBatch
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import Dropout, GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list
+from genrec.models.ugt.layers import Dropout, GroupLayerNorm, MixtureOfExperts, ReluAttention, module_list, run_layer
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -24,6 +24,17 @@ class Memory:
 
     layers: list[KeyValue]  # per decoder layer, k and v (B, H, S, D / H)
     lengths: Tensor  # (B,) int64, how many of the S tokens are there
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """Which row of M · levels belongs to which level, sequence and past, in training."""
+
+    levels: int
+    group_ids: Tensor  # (M · levels,) int64, the level
+    cu_rows: Tensor  # (B + 1,) int32, rows of every sequence
+    longest: int  # most rows of one sequence
+    key_limit: Tensor  # (M · levels,) int64, how many states of its sequence a row may see
 
 
 class DecoderLayer(nn.Module):
@@ -38,6 +49,18 @@ class DecoderLayer(nn.Module):
         self.moe_norm = GroupLayerNorm(config.d_model, levels)
         self.moe = MixtureOfExperts(config.d_model, config.d_expert, config.experts, config.top_k)
         self.dropout = Dropout(config.dropout)
+
+    def forward(
+        self, update: Tensor, residual: Tensor | None, encoded: Tensor, tokens: TokenBatch, rows: TargetRows
+    ) -> tuple[Tensor, Tensor]:
+        """All levels of M targets: update (M · levels, D), not yet added to residual, encoded (T, D) → that pair one
+        layer on."""
+        hidden, residual = self.self_norm(update, rows.group_ids, residual)
+        update = self.dropout(self.self_attention.levels(hidden.unflatten(0, (-1, rows.levels))).flatten(0, 1))
+        hidden, residual = self.cross_norm(update, rows.group_ids, residual)
+        cross = self.cross_attention.targets(hidden, encoded, tokens, rows.cu_rows, rows.longest, rows.key_limit)
+        hidden, residual = self.moe_norm(self.dropout(cross), rows.group_ids, residual)
+        return self.dropout(self.moe(hidden)), residual
 
     def past_and_present(self, hidden: Tensor, past: list[KeyValue]) -> tuple[Tensor, KeyValue]:
         """Self-attention of one new level of every beam, hidden (B, W, D), on the levels before it.
@@ -63,25 +86,25 @@ class Decoder(nn.Module):
         self.levels = levels
         self.layers = module_list(DecoderLayer(config, levels) for _ in range(config.decoder_layers))
         self.norm = GroupLayerNorm(config.d_model, levels)
+        self.recompute = False  # trade activations for time, see run_layer
 
     def forward(self, x: Tensor, encoded: Tensor, tokens: TokenBatch, targets: TargetBatch) -> Tensor:
         """All levels of M targets at once: x (M, levels, D), encoded (T, D) → (M, levels, D)."""
         shape, levels = x.shape, self.levels
-        group_ids = torch.arange(levels, device=x.device).expand(shape[:2]).flatten()
         first_tokens = tokens.cu_seqlens[:-1].repeat_interleave(
             targets.cu_seqlens.diff(), output_size=len(targets.items)
         )
-        key_limit = (targets.last_tokens + 1 - first_tokens).repeat_interleave(levels)
-        cu_rows, longest = targets.cu_seqlens * levels, targets.max_seqlen * levels
+        rows = TargetRows(
+            levels,
+            group_ids=torch.arange(levels, device=x.device).expand(shape[:2]).flatten(),
+            cu_rows=targets.cu_seqlens * levels,
+            longest=targets.max_seqlen * levels,
+            key_limit=(targets.last_tokens + 1 - first_tokens).repeat_interleave(levels),
+        )
         update, residual = x.flatten(0, 1), None
         for layer in self.layers:
-            hidden, residual = layer.self_norm(update, group_ids, residual)
-            update = layer.dropout(layer.self_attention.levels(hidden.view(shape)).flatten(0, 1))
-            hidden, residual = layer.cross_norm(update, group_ids, residual)
-            update = layer.dropout(layer.cross_attention.targets(hidden, encoded, tokens, cu_rows, longest, key_limit))
-            hidden, residual = layer.moe_norm(update, group_ids, residual)
-            update = layer.dropout(layer.moe(hidden))
-        return self.norm(update, group_ids, residual)[0].view(shape)
+            update, residual = run_layer(layer, self.recompute, update, residual, encoded, tokens, rows)
+        return self.norm(update, rows.group_ids, residual)[0].view(shape)
 
     def memory(self, encoded: Tensor, lengths: Tensor) -> Memory:
         """Keys and values of encoded (B, S, D) for every decoder layer; lengths (B,) as in PaddedTokens."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from genrec.interfaces import TokenType
 from genrec.models.ugt.batch import PaddedTokens, TokenBatch
 from genrec.models.ugt.config import UGTConfig
-from genrec.models.ugt.layers import Dropout, FeedForward, GroupLayerNorm, ReluAttention, module_list
+from genrec.models.ugt.layers import Dropout, FeedForward, GroupLayerNorm, ReluAttention, module_list, run_layer
 
 
 class EncoderLayer(nn.Module):
@@ -38,10 +38,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = module_list(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = GroupLayerNorm(config.d_model, len(TokenType))
+        self.recompute = False  # trade activations for time, see run_layer
 
     def forward(self, x: Tensor, tokens: TokenBatch | PaddedTokens) -> Tensor:
         """x (…, D), the embedded tokens → (…, D), normalised."""
         update, residual = x, None
         for layer in self.layers:
-            update, residual = layer(update, residual, tokens)
+            update, residual = run_layer(layer, self.recompute, update, residual, tokens)
         return self.norm(update, tokens.type_ids, residual)[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from genrec.kernels import group_layer_norm, moe_experts, moe_route, relu_attention, relu_attention_varlen
 from genrec.models.ugt.batch import PaddedTokens, TokenBatch
@@ -18,6 +19,13 @@ M = TypeVar("M", bound=nn.Module)
 def module_list(modules: Iterable[M]) -> Sequence[M]:
     """nn.ModuleList that remembers, for the type checker, what it holds."""
     return cast(Sequence[M], nn.ModuleList(modules))
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """layer(*inputs); with `recompute` its activations are not kept but computed once more for the gradients."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 class Dropout(nn.Module):
@@ -138,7 +146,7 @@ class MixtureOfExperts(nn.Module):
     falls for busy ones after every step (Wang et al. 2024, "Auxiliary-loss-free load balancing")."""
 
     router_bias: Tensor
-    load: Tensor
+    load: Tensor  # (E,) int64, rows per expert since the last balance
 
     def __init__(self, d_model: int, d_expert: int, experts: int, top_k: int, bias_rate: float = 1e-3) -> None:
         super().__init__()
@@ -147,18 +155,19 @@ class MixtureOfExperts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.randn(experts, 2 * d_expert, d_model) * d_model**-0.5)
         self.w_down = nn.Parameter(torch.randn(experts, d_model, d_expert) * d_expert**-0.5)
         self.register_buffer("router_bias", torch.zeros(experts))
-        self.register_buffer("load", torch.zeros(experts), persistent=False)  # share of the last batch, per expert
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, D) → (T, D)."""
         logits = F.linear(x, self.router_weight)
         weights, indices = moe_route(logits, self.top_k, bias=self.router_bias)
-        if torch.is_grad_enabled():  # a training step
-            ones = torch.ones(indices.numel(), dtype=self.load.dtype, device=x.device)
-            self.load.zero_().index_add_(0, indices.flatten(), ones).div_(indices.numel())
+        if torch.is_grad_enabled():  # a training step; twice where it is recomputed, which no share of it notices
+            self.load.index_add_(0, indices.flatten(), self.load.new_ones(()).expand(indices.numel()))
         return moe_experts(x, weights, indices, self.w_gate_up, self.w_down)
 
     @torch.no_grad()
-    def balance(self) -> None:
-        """Move the selection bias one step against the load of the last batch."""
-        self.router_bias.add_(self.bias_rate * (self.load.mean() - self.load).sign())
+    def balance(self, load: Tensor) -> None:
+        """Move the selection bias one step against load (E,), the rows that each expert got since the last call."""
+        load = load.to(self.router_bias.dtype)
+        self.router_bias.add_(self.bias_rate * (load.mean() - load).sign())
+        self.load.zero_()

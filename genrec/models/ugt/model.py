@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -155,11 +157,17 @@ class UGT(nn.Module):
             ]
             return torch.stack(losses, 1)
 
-    def router_load(self) -> list[float]:
-        """Share of the last batch's rows that every expert got, averaged over the decoder layers."""
-        return torch.stack([layer.moe.load for layer in self.decoder.layers]).mean(0).tolist()
+    def recompute_activations(self) -> None:
+        """Keep no activations of the layers but their inputs; gradients compute the others once more."""
+        self.encoder.recompute = self.decoder.recompute = True
 
-    def balance_router(self) -> None:
-        """Move every layer's selection bias against its load; call once after each optimizer step."""
-        for layer in self.decoder.layers:
-            layer.moe.balance()
+    @torch.no_grad()
+    def balance_router(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda load: load) -> Tensor:
+        """Move every layer's selection bias against its load; call once after each optimizer step.
+
+        Returns the share of the rows since the last call that every expert got, (E,), averaged over the layers.
+        """
+        loads = sum_over_ranks(torch.stack([layer.moe.load for layer in self.decoder.layers]))
+        for layer, load in zip(self.decoder.layers, loads, strict=True):
+            layer.moe.balance(load)
+        return (loads / loads.sum(1, keepdim=True)).mean(0)

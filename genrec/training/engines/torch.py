@@ -1,68 +1,125 @@
-"""The plain PyTorch engine: one process, one device, AdamW, optional bfloat16 autocast."""
+"""PyTorch's own engine: one process, DistributedDataParallel, or FSDP2 with parameters in shards."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Literal
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from genrec.kernels.ranges import span
-from genrec.training.config import OptimizerConfig
-
-Precision = Literal["auto", "float32", "bfloat16"]
+from genrec.models.ugt.decoder import DecoderLayer
+from genrec.models.ugt.encoder import EncoderLayer
+from genrec.training.config import OptimizerConfig, ParallelConfig
+from genrec.training.engines.parts import (
+    LossModule,
+    LossScale,
+    adamw,
+    clip_factor,
+    filled,
+    set_lr,
+    training_dtype,
+    twin,
+)
+from genrec.training.ranks import Ranks
 
 
 class TorchEngine:
-    """Owns the optimizer of a model; a stage computes its loss under `autocast()` and hands it to `step`."""
+    """See genrec.training.engines.Engine."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, precision: Precision = "auto") -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        parallel: ParallelConfig | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        parallel, ranks = parallel or ParallelConfig(), ranks or Ranks()
+        self.model, self.config, self.ranks = model, config, ranks
         self.device = next(model.parameters()).device
-        self.bfloat16 = precision == "bfloat16" or (precision == "auto" and _bfloat16_pays(self.device))
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        plain = [p for p in model.parameters() if p.dim() <= 1]  # biases are not pulled to zero
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+        dtype = training_dtype(parallel.precision, self.device)
+        self.module: nn.Module = LossModule(model, dtype)
+        self._scale = LossScale(dtype == torch.float16)
+        self._twin: nn.Module | None = None
+        if parallel.parallel == "fsdp" and ranks.world > 1:
+            self._twin = twin(model)
+            for layer in [module for module in model.modules() if isinstance(module, EncoderLayer | DecoderLayer)]:
+                fully_shard(layer)
+            fully_shard(self.module)
+        elif ranks.world > 1:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its successor is not in torch 2.11
+                self.module = DistributedDataParallel(self.module, broadcast_buffers=False)
+        self.optimizer = adamw(model, config, self.device)
         self._names = {id(p): name for name, p in model.named_parameters()}
 
-    def autocast(self) -> AbstractContextManager:
-        """The context for a stage's loss: bfloat16 where the engine was told or found that it pays."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+    @property
+    def scale(self) -> float:
+        return self._scale.value
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        """One optimizer step; returns the norm of the gradient before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with span("backward"):
-            loss.backward()
+    def whole(self) -> nn.Module:
+        if self._twin is None:
+            return self.model
+        return filled(self._twin, {name: _whole(value) for name, value in self.model.state_dict().items()})
+
+    def backward(self, loss: Any, batch: Any, last: bool) -> dict[str, Tensor]:
+        alone: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            alone = self.module.no_sync()
+        elif isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        with alone:
+            with span("forward"):
+                value, values = self.module(loss, batch)
+            with span("backward"):
+                (value * (self.scale * self.ranks.world)).backward()  # ranks are averaged, parts are to be added
+        return values
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        set_lr(self.optimizer, lr)
         with span("optimizer"):
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-            self.optimizer.step()
-        return norm
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = float(_whole(nn.utils.get_total_norm(gradients))) / self.scale
+            applied = math.isfinite(norm)
+            if applied:
+                torch._foreach_mul_(gradients, clip_factor(norm, self.config.clip_norm) / self.scale)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            elif self._scale.dynamic:
+                self.optimizer.zero_grad(set_to_none=True)  # otherwise they are left for whoever looks for the cause
+        self._scale.update(applied)
+        return norm, applied
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: _whole(value).cpu() for name, value in self.model.state_dict().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's state as flat named tensors, fit for safetensors."""
-        return {
-            f"{self._names[id(parameter)]}/{key}": value
+        return self._scale.state() | {
+            f"{self._names[id(parameter)]}/{key}": _whole(value).cpu()
             for parameter, values in self.optimizer.state.items()
             for key, value in values.items()
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        self._scale.load_state(tensors)
         by_name = dict(self.model.named_parameters())
         self.optimizer.state.clear()
         for full_name, value in tensors.items():
-            name, key = full_name.rsplit("/", 1)
-            device = "cpu" if key == "step" and self.device.type == "cpu" else self.device
-            self.optimizer.state[by_name[name]][key] = value.to(device)
+            if "/" in full_name:
+                name, key = full_name.rsplit("/", 1)
+                self.optimizer.state[by_name[name]][key] = self._placed(value, by_name[name])
+
+    def _placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A piece of state where its parameter is: the same shard of it, on the same device."""
+        if value.dim() == 0 or not isinstance(parameter, DTensor):
+            return value.to(self.device)
+        return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _bfloat16_pays(device: torch.device) -> bool:
-    """True where the processor multiplies bfloat16 natively; elsewhere it is emulated and slower than float32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from genrec.interfaces import EventSequences
-from genrec.models.ugt import UGT
+from genrec.data.chunks import Chunks
+from genrec.models.ugt import UGT, TargetBatch, TokenBatch
 from genrec.training.config import OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    tokens: TokenBatch
+    targets: TargetBatch
+    share: float  # of one target in the mean over the step: 1 / targets of all its micro-batches
 
 
 class Stage(Protocol):
@@ -19,20 +29,31 @@ class Stage(Protocol):
     steps_per_epoch: int
     optimizer: OptimizerConfig
     select_by: str  # the validation metric that decides which weights are kept
+    max_recall_loss: float  # share of the first validation's recall@10 that may be lost before the stage is stopped
 
-    def loss(self, model: UGT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the batch that belongs to `step`, and values to log."""
+    on_policy: bool  # whether batches are made with the model as it is, and compared with another: without dropout
+
+    def load(self, step: int, micro: int) -> Any:
+        """Micro-batch number `micro` of `step`, on the CPU: a pure function, also of other threads."""
+        ...
+
+    def prepare(self, model: UGT, batch: Any) -> Any:
+        """On policy: what the loss needs and takes no gradient of; here the model may be asked anything."""
+        ...
+
+    def loss(self, model: UGT, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's part of the mean loss over the step, and of the means to log."""
         ...
 
 
-def build_stage(name: str, config: TrainConfig, model: UGT, sequences: EventSequences) -> Stage:
+def build_stage(name: str, config: TrainConfig, model: UGT, events: Chunks) -> Stage:
     """The stage of that name on the given events; `model` holds the weights that the stage starts from."""
     from genrec.training.stages.align import Align
     from genrec.training.stages.finetune import Finetune
     from genrec.training.stages.pretrain import Pretrain
 
     if name == "pretrain":
-        return Pretrain(config.pretrain, config.model, sequences, config.seed)
+        return Pretrain(config.pretrain, config.model, events, config.micro_batches, config.seed)
     if name == "finetune":
-        return Finetune(config.finetune, config.model, sequences, config.seed)
-    return Align(config.align, model, sequences, config.seed)
+        return Finetune(config.finetune, config.model, events, config.micro_batches, config.seed)
+    return Align(config.align, model, events, config.micro_batches, config.seed)

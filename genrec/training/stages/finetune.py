@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from genrec.data.chunks import Chunks
 from genrec.interfaces import EventSequences
-from genrec.models.ugt import UGT, UGTConfig
-from genrec.training.batches import EpochOrder, TrainingSet, last_positions, liked_events
+from genrec.models.ugt import UGTConfig
+from genrec.training.batches import TrainingSet, last_positions, liked_events
 from genrec.training.config import FinetuneConfig
-from genrec.training.objectives import next_item_loss
+from genrec.training.loader import Loader
+from genrec.training.stages.next_item import NextItem
 from genrec.training.validation import SELECT_BY_LIKED
 
 
-class Finetune:
+class Finetune(NextItem):
     """See genrec.training.stages.Stage."""
 
     name = "finetune"
     select_by = SELECT_BY_LIKED
 
-    def __init__(self, config: FinetuneConfig, model: UGTConfig, sequences: EventSequences, seed: int) -> None:
-        windows = last_positions(sequences.cu_events, model.max_events, config.last_targets)
-        self.data = TrainingSet(sequences, windows, liked_events(sequences, config.liked_from), model)
-        self.order = EpochOrder(self.data.windows, config.batch_size, seed)
-        self.item_weight, self.epochs, self.optimizer = config.item_weight, config.epochs, config.optimizer
-        self.steps_per_epoch = self.order.steps
+    def __init__(self, config: FinetuneConfig, model: UGTConfig, events: Chunks, micro_batches: int, seed: int) -> None:
+        def prepare(sequences: EventSequences) -> TrainingSet:
+            windows = last_positions(sequences.cu_events, model.max_events, config.last_targets)
+            return TrainingSet(sequences, windows, liked_events(sequences, config.liked_from), model)
 
-    def loss(self, model: UGT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return next_item_loss(model, *self.data.batch(self.order[step], model.codes.device), self.item_weight)
+        loader = Loader(events, prepare, config.batch_tokens, micro_batches, seed)
+        super().__init__(loader, config.item_weight, config.epochs, config.optimizer)

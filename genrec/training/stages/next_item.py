@@ -1,0 +1,38 @@
+"""What pretrain and finetune share: the next item's loss on packed micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from genrec.models.ugt import UGT
+from genrec.training.batches import TrainingSet
+from genrec.training.config import OptimizerConfig
+from genrec.training.loader import Loader
+from genrec.training.objectives import next_item_loss
+from genrec.training.stages import Batch
+
+
+class NextItem:
+    """See genrec.training.stages.Stage; pretrain and finetune only differ in their windows."""
+
+    max_recall_loss = math.inf
+    on_policy = False
+
+    def __init__(
+        self, loader: Loader[TrainingSet], item_weight: float, epochs: float, optimizer: OptimizerConfig
+    ) -> None:
+        self.loader, self.item_weight, self.epochs, self.optimizer = loader, item_weight, epochs, optimizer
+        self.steps_per_epoch = loader.steps_per_epoch
+
+    def load(self, step: int, micro: int) -> Batch:
+        data, windows = self.loader[step]
+        targets = sum(int(data.targets(part).sum()) for part in windows)
+        return Batch(*data.batch(windows[micro]), share=1 / targets)
+
+    def prepare(self, model: UGT, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, model: UGT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return next_item_loss(model, batch.tokens, batch.targets, self.item_weight, batch.share)

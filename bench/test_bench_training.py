@@ -18,7 +18,7 @@ def test_training_step(race):
     histories = small.sequences(small.random_users(USERS, ITEMS, 120, least=20))
     windows = all_positions(histories.cu_events, model.config.max_events)
     data = TrainingSet(histories, windows, np.ones(len(histories.item_ids), bool), model.config)
-    tokens, targets = data.batch(data.windows.take(np.arange(USERS)), torch.device("cpu"))
+    tokens, targets = data.batch(data.windows.take(np.arange(USERS)))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():

@@ -94,8 +94,10 @@ def _train(config: Train) -> Step:
     model = build_model(config).to(training_device(config.device))
     events = stream_sequences(config.features, config.chunk_events).map(lambda chunk: leave_out(chunk, 2)[0])
     stage = build_stage(config.stage, config, model, events)
+    if config.compile:
+        model.compile_layers()
     engine, total = TorchEngine(model, stage.optimizer, config), config.warmup + config.steps
-    trainer = Trainer(stage, model, engine, total, config.seed, config.compile)
+    trainer = Trainer(stage, model, engine, total, config.seed)
     batches = trainer.micro_batches(0, total, config.micro_batches)
     return lambda i: trainer.step(i, next(batches)), engine.device
 

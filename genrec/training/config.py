@@ -104,7 +104,7 @@ class ParallelConfig:
     recompute: bool = False
     """keep no activations inside layers but compute them again for the gradients: less memory, a third more time"""
     compile: bool = False
-    """compile losses and gradients with torch.compile"""
+    """compile the layers with torch.compile, one program for all shapes"""
 
 
 @dataclass(frozen=True, kw_only=True)

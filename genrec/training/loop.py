@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from genrec.models.ugt import UGT, map_tensors
 from genrec.training.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from genrec.training.config import OptimizerConfig, TrainConfig
 from genrec.training.diagnosis import first_bad_tensor
-from genrec.training.engines import Engine, LossFunction, build_engine
+from genrec.training.engines import Engine, build_engine
 from genrec.training.loader import read_ahead
 from genrec.training.log import MetricsLog
 from genrec.training.ranks import Ranks
@@ -61,9 +62,8 @@ class Done:
 class Trainer:
     """A stage, its model and its engine."""
 
-    def __init__(self, stage: Stage, model: UGT, engine: Engine, total: int, seed: int, compiled: bool = False) -> None:
+    def __init__(self, stage: Stage, model: UGT, engine: Engine, total: int, seed: int) -> None:
         self.stage, self.model, self.engine, self.total, self.seed = stage, model, engine, total, seed
-        self.loss: LossFunction = torch.compile(stage.loss, dynamic=True) if compiled else stage.loss
 
     def micro_batches(self, first: int, stop: int, per_step: int) -> Iterator[list[tuple[int, Any]]]:
         """Of every step first … stop - 1 this rank's (number, batch), made ahead of time."""
@@ -85,7 +85,7 @@ class Trainer:
         with span("step", step=step):
             for place, (number, batch) in enumerate(batches, start=1):
                 prepared = self._prepared(step, number, batch)
-                for name, value in self.engine.backward(self.loss, prepared, place == len(batches)).items():
+                for name, value in self.engine.backward(self.stage.loss, prepared, place == len(batches)).items():
                     sums[name] = sums[name] + value if name in sums else value
             scale = self.engine.scale
             norm, applied = self._applied(step, lr)
@@ -119,8 +119,8 @@ class Trainer:
                 f"{name}: {found} is not finite at step {step}; try a lower {name}.optimizer.lr, now "
                 f"{self.stage.optimizer.lr}"
             )
-        if self.engine.ranks.first:
-            tqdm.write(f"step {step}: {found} is not finite at loss scale {scale:.0f}; step left out, scale halved")
+        message = f"step {step}: {found} is not finite at loss scale {scale:.0f}; step left out, scale halved"
+        _say(self.engine.ranks, message)
 
 
 def run_stage(
@@ -141,6 +141,8 @@ def run_stage(
         model.load_state_dict(checkpoint.weights)
     if config.recompute:
         model.recompute_activations()
+    if config.compile:
+        model.compile_layers()
     engine = build_engine(model, stage.optimizer, config, ranks)
     progress = Progress()
     if checkpoint is not None:
@@ -148,7 +150,7 @@ def run_stage(
         progress = Progress(**checkpoint.state)
     log.rewind(stage.name, progress.step)
     validate_every = max(1, round(config.validate_every * stage.steps_per_epoch))
-    trainer = Trainer(stage, model, engine, plan.total, config.seed, config.compile)
+    trainer = Trainer(stage, model, engine, plan.total, config.seed)
 
     def write_best(weights: dict[str, Tensor]) -> None:
         with atomic_file(best_weights) as temporary:
@@ -186,15 +188,22 @@ def run_stage(
             if progress.step % config.log_every == 0 or last:
                 log.write(name, progress.step, **_values(done, engine), applied=progress.applied)
             if (progress.step % validate_every == 0 or last) and not validate():
-                bar.write(
-                    f"{name}: recall@10 fell from {progress.recall_before:.4f} by more than "
-                    f"{stage.max_recall_loss:.0%}; stopped at step {progress.step}, the best weights are kept"
+                _say(
+                    ranks,
+                    f"{name}: recall@10 fell from {progress.recall_before:.4f} by more than {stage.max_recall_loss:.0%}; "
+                    f"stopped at step {progress.step}, the best weights are kept",
                 )
                 break
             if progress.step % config.checkpoint_every == 0 and not last:
                 checkpoint = Checkpoint(engine.weights(), engine.state(), asdict(progress))
                 ranks.on_first(partial(save_checkpoint, directory, checkpoint))
     return progress, engine.weights() if validator is None else load_file(best_weights)
+
+
+def _say(ranks: Ranks, message: str) -> None:
+    """One line on stderr, above the progress bar."""
+    if ranks.first:
+        tqdm.write(message, file=sys.stderr)
 
 
 def _values(done: Done, engine: Engine) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Windows and batches against loops over single events."""
 
 import numpy as np
-import pytest
 import small
 import torch
 from hypothesis import given
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 from genrec.data.sequences import ragged_ranges
 from genrec.interfaces import TokenType
 from genrec.training.batches import (
-    EpochOrder,
     TrainingSet,
-    Windows,
     all_positions,
     last_positions,
     liked_events,
@@ -109,11 +106,14 @@ def test_batches_are_what_the_windows_say(seed, max_events, types):
         if any(wanted[event] and log.item_ids[event] > 0 for event in range(row[1], row[2]))
     ]
     assert rows_of(data.windows) == with_target
+    counted = naive_batch(log, data.windows, wanted, types, max_events)
+    assert data.tokens(data.windows).tolist() == [len(tokens) for tokens, _ in counted]
+    assert data.targets(data.windows).tolist() == [len(targets) for _, targets in counted]
     assert len(data) == len(with_target)
     if not with_target:
         return
     windows = data.windows.take(rng.permutation(len(data)))
-    tokens, targets = data.batch(windows, "cpu")
+    tokens, targets = data.batch(windows)
     expected = naive_batch(log, windows, wanted, types, max_events)
 
     assert tokens.cu_seqlens.tolist() == np.cumsum([0] + [len(t) for t, _ in expected]).tolist()
@@ -130,39 +130,9 @@ def test_batches_are_what_the_windows_say(seed, max_events, types):
     assert {tokens.cu_seqlens.dtype, targets.cu_seqlens.dtype} == {torch.int32}
 
 
-def order(count=23, batch_size=5, seed=7):
-    rng = np.random.default_rng(1)
-    begin = np.arange(count) * 100
-    return EpochOrder(Windows(begin, begin + 1, begin + rng.integers(2, 30, count)), batch_size, seed)
-
-
-def test_an_epoch_covers_every_window_once():
-    batches = order()
-    assert batches.steps == 5
-    for epoch in range(3):
-        begins = [batches[step].begin.tolist() for step in range(epoch * 5, epoch * 5 + 5)]
-        assert sorted(begin for batch in begins for begin in batch) == [100 * i for i in range(23)]
-        assert sorted(map(len, begins)) == [3, 5, 5, 5, 5]
-
-
-def test_batches_are_a_function_of_seed_and_step():
-    forward, backward = order(), order()
-    steps = {step: rows_of(forward[step]) for step in range(15)}
-    assert {step: rows_of(backward[step]) for step in reversed(range(15))} == steps, "it matters what was read before"
-    assert steps[0] != steps[5] != steps[10], "every epoch in the same order"
-    assert rows_of(order(seed=8)[0]) != steps[0]
-
-
-def test_windows_of_like_length_go_together():
-    batches = order(count=200, batch_size=20)
-    spread = [np.ptp(batches[step].end - batches[step].begin) for step in range(10)]
-    assert max(spread) <= 8 < 25
-
-
-def test_no_windows_no_steps():
+def test_no_windows():
     nothing = all_positions(offsets([1, 0, 1]), 5)
     assert len(nothing) == 0
-    assert EpochOrder(nothing, 4, 0).steps == 0
     log = small.sequences([[1], [2]])
     assert len(TrainingSet(log, all_positions(log.cu_events, 5), np.ones(2, bool), small.config())) == 0
 
@@ -170,13 +140,7 @@ def test_no_windows_no_steps():
 def test_a_batch_of_one_token_each():
     log = small.sequences([[1, 2], [3, 4]])
     data = TrainingSet(log, all_positions(log.cu_events, 5), np.ones(4, bool), small.config())
-    tokens, targets = data.batch(data.windows, "cpu")
+    tokens, targets = data.batch(data.windows)
     assert tokens.token_ids.tolist() == [1, 3]
     assert targets.items.tolist() == [2, 4]
     assert targets.last_tokens.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("batch_size", [1, 23, 1000])
-def test_batch_sizes(batch_size):
-    batches = order(batch_size=batch_size)
-    assert sum(len(batches[step]) for step in range(batches.steps)) == 23

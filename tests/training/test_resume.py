@@ -1,48 +1,12 @@
 """kill -9 at any moment, --resume true: the same losses and the same weights as a run that was never stopped."""
 
 import json
-import multiprocessing
-import time
 
 import pytest
+from processes import exit_codes, finish, kill_at, start
 from safetensors.torch import load_file
 
-from genrec.cli import main
 from genrec.training.log import read_metrics
-
-# One process imports torch once and forks every run from there, which takes milliseconds.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["genrec.cli.train", "genrec.training.stages.align", "jsonargparse", "torch._dynamo"])
-
-
-def start(argv):
-    process = processes.Process(target=main, args=(argv,))
-    process.start()
-    return process
-
-
-def finish(argv):
-    process = start(argv)
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def kill_at(argv, stage, step):
-    """Start a run and kill it as soon as it has logged this step."""
-    process = start(argv)
-    path = argv[argv.index("--out") + 1] + "/metrics.jsonl"
-    mark, deadline = f'"stage": "{stage}", "step": {step},', time.monotonic() + 120
-    while process.is_alive() and time.monotonic() < deadline:
-        try:
-            with open(path, encoding="utf-8") as file:
-                if mark in file.read():
-                    break
-        except FileNotFoundError:
-            pass
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9, f"the run ended before step {step} of {stage}"
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +69,7 @@ def test_killed_in_every_stage_with_damaged_files(arguments, straight, tmp_path)
 @pytest.mark.parametrize("delay", [0.3, 0.6, 0.9])
 def test_killed_at_any_time(arguments, straight, tmp_path, delay):
     out = tmp_path / "model"
-    process = start(arguments(out))
-    process.join(delay)
-    process.kill()
-    process.join()
+    exit_codes(start(arguments(out)), delay)
     finish(arguments(out, resume=True))
     same_run(straight, out)
 

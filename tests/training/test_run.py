@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from genrec.cli import main
+from genrec.data.chunks import Chunks
 from genrec.data.files import locked
 from genrec.data.sequences import leave_out, load_sequences
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender
 from genrec.generation.storage import load_model
+from genrec.models.ugt.layers import MixtureOfExperts
 from genrec.training import run as run_module
 from genrec.training.config import AlignConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from genrec.training.log import read_metrics
 from genrec.training.run import train
-from genrec.training.stages.pretrain import Pretrain
 from genrec.training.validation import Validator
 
 STAGES = {"pretrain": "valid_ndcg@10", "finetune": "valid_liked_ndcg@10", "align": "valid_liked_ndcg@10"}
@@ -31,9 +32,9 @@ def config(inputs, tmp_path_factory):
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=2)
     return TrainConfig(
         features=inputs[0], semantic_ids=inputs[1], out=tmp_path_factory.mktemp("run") / "model", model=small.config(),
-        pretrain=PretrainConfig(epochs=4, batch_size=8, optimizer=optimizer),
-        finetune=FinetuneConfig(epochs=2, batch_size=8, optimizer=optimizer),
-        align=AlignConfig(epochs=1, batch_size=8, beams=8, optimizer=optimizer),
+        pretrain=PretrainConfig(epochs=4, batch_tokens=60, optimizer=optimizer),
+        finetune=FinetuneConfig(epochs=2, batch_tokens=60, optimizer=optimizer),
+        align=AlignConfig(epochs=1, batch_tokens=60, beams=8, optimizer=optimizer),
         recommender=dataclasses.replace(TrainConfig.__dataclass_fields__["recommender"].default_factory(), beams=8),
         threads=1, precision="float32", device="cpu", log_every=3,
     )  # fmt: skip
@@ -92,8 +93,12 @@ def test_validation_is_leave_one_out_without_the_test_event(finished, config):
     metrics = rank_metrics(ranked[liked], np.array(targets)[liked], ks=(5, 10))
     assert metrics["ndcg@10"] == pytest.approx(facts(finished)["stages"]["align"]["best"])
     everyone = rank_metrics(ranked, np.array(targets), ks=(5, 10))
-    validator = Validator(sequences, config.recommender, config.valid_users, config.seed, config.finetune.liked_from)
-    assert validator(model) == pytest.approx(everyone | {f"liked_{key}": value for key, value in metrics.items()})
+    validator = Validator(
+        Chunks.of(sequences), config.recommender, config.valid_users, config.seed, config.finetune.liked_from
+    )
+    measured = validator(model)
+    assert 0 <= measured.pop("validity") <= 1
+    assert measured == pytest.approx(everyone | {f"liked_{key}": value for key, value in metrics.items()})
 
 
 def test_alpha_is_the_best_of_the_candidates(finished, config):
@@ -102,18 +107,18 @@ def test_alpha_is_the_best_of_the_candidates(finished, config):
     sequences, scores = load_sequences(config.features), {}
     for alpha in config.alphas:
         mixed = dataclasses.replace(config.recommender, alpha=alpha)
-        scores[alpha] = Validator(sequences, mixed, config.alpha_users, config.seed, 4.0)(model)["ndcg@10"]
+        scores[alpha] = Validator(Chunks.of(sequences), mixed, config.alpha_users, config.seed, 4.0)(model)["ndcg@10"]
     assert settings.alpha == min(alpha for alpha in scores if scores[alpha] == max(scores.values()))
 
 
 def test_validator_draws_users_by_seed(config):
     sequences = load_sequences(config.features)
-    few = [Validator(sequences, config.recommender, 5, seed, 4.0) for seed in (0, 0, 1)]
+    few = [Validator(Chunks.of(sequences), config.recommender, 5, seed, 4.0) for seed in (0, 0, 1)]
     assert [len(v.histories) for v in few] == [5, 5, 5]
     assert few[0].histories.user_ids.tolist() == few[1].histories.user_ids.tolist()
     assert few[0].histories.user_ids.tolist() != few[2].histories.user_ids.tolist()
     with pytest.raises(ValueError, match="no user has three events or more"):
-        Validator(small.sequences([[1, 2], [3]]), config.recommender, 5, 0, 4.0)
+        Validator(Chunks.of(small.sequences([[1, 2], [3]])), config.recommender, 5, 0, 4.0)
 
 
 def test_model_trains_without_the_two_last_events(config, tmp_path, monkeypatch):
@@ -125,9 +130,9 @@ def test_model_trains_without_the_two_last_events(config, tmp_path, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             train(dataclasses.replace(config, out=tmp_path / str(number), refit=refit))
         expected = leave_out(sequences, number)[0]
-        assert given[-1].item_ids.tolist() == expected.item_ids.tolist()
-        assert np.array_equal(given[-1].cu_events, expected.cu_events)
-        assert given[-1].item_ids.size == sequences.item_ids.size - number * len(sequences)
+        assert given[-1].read(0).item_ids.tolist() == expected.item_ids.tolist()
+        assert np.array_equal(given[-1].read(0).cu_events, expected.cu_events)
+        assert given[-1].read(0).item_ids.size == sequences.item_ids.size - number * len(sequences)
 
 
 def test_refit_repeats_the_chosen_steps_and_alpha(finished, config, tmp_path):
@@ -205,7 +210,7 @@ def test_a_directory_in_use_is_refused(arguments, tmp_path, capsys):
         ({"refit": "nowhere"}, "expected the directory of a finished genrec train run"),
         ({"device": "abacus"}, "device is 'abacus'; expected cpu"),
         ({"model.token_types": "[item,context]", "model.d_model": 15}, "model.d_model is 15; expected a multiple"),
-        ({"pretrain.batch_size": 0}, "pretrain.batch_size is 0; expected 1 or more"),
+        ({"pretrain.batch_tokens": 0}, "pretrain.batch_tokens is 0; expected 1 or more"),
         ({"precision": "float8"}, "precision"),
         ({"stages": "[pretrain,dream]"}, "stages has 'dream'"),
         ({"resume": "true", "overwrite": "true"}, "resume and overwrite are both true"),
@@ -239,15 +244,32 @@ def test_refit_of_a_run_with_other_stages(finished, arguments, tmp_path, capsys)
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_not_a_number_is_one_sentence(arguments, tmp_path, capsys, monkeypatch):
-    original = Pretrain.loss
+def test_not_a_number_is_one_sentence_with_a_name(arguments, tmp_path, capsys, monkeypatch):
+    original = MixtureOfExperts.forward
+    calls = []
 
-    def broken(self, model, step):
-        loss, values = original(self, model, step)
-        return (loss * float("nan") if step == 3 else loss), values
+    def broken(self, x):
+        calls.append(torch.is_grad_enabled())
+        return original(self, x) * (float("nan") if sum(calls) >= 4 else 1)
 
-    monkeypatch.setattr(Pretrain, "loss", broken)
-    refused(arguments(tmp_path / "model"), capsys, 2, "the loss of pretrain is nan at step 3", "pretrain.optimizer.lr")
+    monkeypatch.setattr(MixtureOfExperts, "forward", broken)
+    words = ["pretrain: output of decoder.layers.0.moe is not finite at step 3", "pretrain.optimizer.lr"]
+    refused(arguments(tmp_path / "model"), capsys, 2, *words)
+
+
+def test_align_stops_where_it_harms(config, tmp_path, capsys, monkeypatch):
+    original, calls = Validator.__call__, []
+
+    def measured(self, model):
+        calls.append(1)
+        return original(self, model) | {"recall@10": 1.0 / len(calls)}
+
+    monkeypatch.setattr(Validator, "__call__", measured)
+    few = dataclasses.replace(config, out=tmp_path / "model", stages=("align",), log_every=1)
+    train(dataclasses.replace(few, align=dataclasses.replace(config.align, epochs=3, max_recall_loss=0.4)))
+    rows = read_metrics(tmp_path / "model" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == facts(tmp_path / "model")["stages"]["align"]["steps"] // 3
+    assert "align: recall@10 fell from 1.0000 by more than 40%; stopped at step" in capsys.readouterr().err
 
 
 def test_seed_decides_the_weights(config, tmp_path):

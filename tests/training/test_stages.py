@@ -7,10 +7,11 @@ import pytest
 import small
 import torch
 
+from genrec.data.chunks import Chunks
 from genrec.training.batches import Windows
-from genrec.training.config import AlignConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
+from genrec.training.config import AlignConfig, FinetuneConfig, OptimizerConfig, ParallelConfig, PretrainConfig
 from genrec.training.engines.torch import TorchEngine
-from genrec.training.objectives import next_item_loss, preference_loss
+from genrec.training.objectives import next_item_loss
 from genrec.training.stages.align import Align
 from genrec.training.stages.finetune import Finetune
 from genrec.training.stages.pretrain import Pretrain
@@ -34,9 +35,19 @@ def history(log, event):
     return range(begin, event), range(begin, end)
 
 
+def items_of(stage):
+    """The targets of all micro-batches of an epoch; every step weighs each of its targets alike."""
+    items = []
+    for step in range(stage.steps_per_epoch):
+        batches = [stage.load(step, micro) for micro in range(2)]
+        assert sum(len(batch.targets.items) * batch.share for batch in batches) == pytest.approx(1)
+        items += [batch.targets.items for batch in batches]
+    return items
+
+
 def test_pretrain_trains_on_everything(log):
-    stage = Pretrain(PretrainConfig(batch_size=4), small.config(), log, seed=0)
-    items = [stage.data.batch(stage.order[step], "cpu")[1].items for step in range(stage.steps_per_epoch)]
+    stage = Pretrain(PretrainConfig(batch_tokens=40), small.config(), Chunks.of(log), 2, seed=0)
+    items = items_of(stage)
     starts = set(log.cu_events[:-1].tolist())
     expected = [int(item) for event, item in enumerate(log.item_ids) if item and event not in starts]
     assert sorted(torch.cat(items).tolist()) == sorted(expected)
@@ -44,9 +55,9 @@ def test_pretrain_trains_on_everything(log):
 
 @pytest.mark.parametrize("last_targets", [1, 3, 50])
 def test_finetune_trains_on_the_last_events_that_were_liked(log, last_targets):
-    config = FinetuneConfig(batch_size=4, last_targets=last_targets, liked_from=4.0)
-    stage = Finetune(config, small.config(max_events=12), log, seed=0)
-    items = [stage.data.batch(stage.order[step], "cpu")[1].items for step in range(stage.steps_per_epoch)]
+    config = FinetuneConfig(batch_tokens=40, last_targets=last_targets, liked_from=4.0)
+    stage = Finetune(config, small.config(max_events=12), Chunks.of(log), 2, seed=0)
+    items = items_of(stage)
     expected = []
     for user in range(len(log)):
         begin, end = log.cu_events[user : user + 2]
@@ -55,40 +66,45 @@ def test_finetune_trains_on_the_last_events_that_were_liked(log, last_targets):
     assert sorted(torch.cat(items).tolist()) == sorted(expected)
 
 
-def align(log, model=None, **settings):
+def align(log, model=None, micro_batches=1, **settings):
     model = model or small.model(ITEMS)
-    return Align(AlignConfig(**{"batch_size": 6, "beams": 12, "negatives": 4, **settings}), model, log, seed=3), model
-
-
-def cut(stage, step):
-    return stage._one_liked_target(stage.order[step], step)
+    config = AlignConfig(**{"batch_tokens": 60, "beams": 12, "negatives": 4, **settings})
+    return Align(config, model, Chunks.of(log), micro_batches, seed=3), model
 
 
 def test_align_chooses_one_liked_event_per_user(log):
     stage, _ = align(log, last_targets=5)
     drawn = set()
     for step in range(6 * stage.steps_per_epoch):
-        windows = cut(stage, step)
-        again = cut(stage, step)
-        assert windows.first_target.tolist() == again.first_target.tolist(), "not a function of seed and step"
-        for begin, event, end in zip(windows.begin, windows.first_target, windows.end, strict=True):
+        data, (windows,) = stage.loader[step]
+        cut, again = (data.one_liked_target(windows, np.random.default_rng(step)) for _ in range(2))
+        assert cut.first_target.tolist() == again.first_target.tolist(), "not a function of the generator"
+        for begin, event, end in zip(cut.begin, cut.first_target, cut.end, strict=True):
             assert end == event + 1
             assert begin < event
             assert log.item_ids[event] > 0
             assert not log.ratings[event] < 4.0
             assert event >= history(log, event)[1].stop - 5
             drawn.add(int(event))
-    assert len(drawn) > len(stage.data), "the same event of a user every time"
+    assert len(drawn) > len(stage.loader[0][0]), "the same event of a user every time"
+
+
+def events(stage, step):
+    """The event that every target of the step's only micro-batch is."""
+    data, (windows,) = stage.loader[step]
+    return data.one_liked_target(windows, np.random.default_rng([3, step, 0])).first_target
 
 
 def test_rejected_items_come_from_the_beams_and_are_neither_had_nor_liked(log):
     stage, model = align(log)
     for step in range(stage.steps_per_epoch):
-        windows = cut(stage, step)
-        tokens, _ = stage.data.batch(windows, "cpu")
-        rejected = stage._rejected(model, tokens, windows)
-        assert rejected.shape == (len(windows), 4)
-        for event, items in zip(windows.first_target, rejected.tolist(), strict=True):
+        batch = stage.load(step, 0)
+        rejected = stage.rejected(model, batch)
+        assert rejected.shape == (len(batch.targets.items), 4)
+        for event, item, items in zip(
+            events(stage, step), batch.targets.items.tolist(), rejected.tolist(), strict=True
+        ):
+            assert log.item_ids[event] == item
             past, everything = history(log, event)
             had = {int(log.item_ids[e]) for e in past}
             liked = {int(log.item_ids[e]) for e in everything if not log.ratings[e] < 4.0}
@@ -102,82 +118,99 @@ def test_rejected_items_come_from_the_beams_and_are_neither_had_nor_liked(log):
 def test_what_the_user_disliked_is_rejected_first(log):
     """All beams: the rejected items are those rated badly later on, then the likeliest of the rest."""
     stage, model = align(log, beams=ITEMS, negatives=ITEMS)
+    mild = dataclasses.replace(log, ratings=np.where(log.ratings <= 2.0, 3.0, log.ratings))
+    plain, _ = align(mild, model, beams=ITEMS, negatives=ITEMS)
     for step in range(stage.steps_per_epoch):
-        windows = cut(stage, step)
-        tokens, _ = stage.data.batch(windows, "cpu")
-        rejected = stage._rejected(model, tokens, windows)
-        plain, _ = align(dataclasses.replace(log, ratings=np.where(log.ratings <= 2.0, 3.0, log.ratings)), model,
-                         beams=ITEMS, negatives=ITEMS)  # fmt: skip
-        by_likelihood = plain._rejected(model, tokens, windows)
-        for event, items, order in zip(windows.first_target, rejected.tolist(), by_likelihood.tolist(), strict=True):
+        rejected = stage.rejected(model, stage.load(step, 0)).tolist()
+        by_likelihood = plain.rejected(model, plain.load(step, 0)).tolist()
+        for event, items, order in zip(events(stage, step), rejected, by_likelihood, strict=True):
             bad = {int(log.item_ids[e]) for e in history(log, event)[1] if log.ratings[e] <= 2.0}
             ranked = [item for item in order if item in bad] + [item for item in order if item and item not in bad]
             assert items == ranked + [0] * order.count(0)
 
 
 def test_align_loss_is_anchor_plus_preference(log):
+    """The log-probabilities of chosen and rejected items one at a time, without what their codes have in common."""
     stage, model = align(log, weight=0.7, beta=0.4, item_weight=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # the policy has moved, the reference has not
-    loss, values = stage.loss(model, 0)
-    windows = cut(stage, 0)
-    tokens, chosen = stage.data.batch(windows, "cpu")
-    rejected = stage._rejected(model, tokens, windows)
-    anchor, anchor_values = next_item_loss(model, tokens, chosen, 0.5)
+    batch = stage.load(0, 0)
+    pairs = stage.prepare(model, batch)
+    loss, values = stage.loss(model, pairs)
+    rejected = stage.rejected(model, batch)
+    anchor, anchor_values = next_item_loss(model, batch.tokens, batch.targets, 0.5)
 
-    def log_probability(ugt, items):
-        encoded = ugt.encode(tokens, ugt.item_vectors())
-        return -ugt.code_losses(ugt.decode(encoded, tokens, dataclasses.replace(chosen, items=items)), items).sum(1)
+    def log_probabilities(ugt, items):
+        encoded = ugt.encode(batch.tokens, ugt.item_vectors())
+        targets = dataclasses.replace(batch.targets, items=items)
+        return -ugt.code_losses(ugt.decode(encoded, batch.tokens, targets), items)
 
-    candidates = [chosen.items, *rejected.T.clamp(min=1)]
+    chosen, total, won = batch.targets.items, 0.0, 0.0
     with torch.no_grad():
-        policy, reference = (
-            torch.stack([log_probability(m, items) for items in candidates], 1) for m in (model, stage.reference)
-        )
-    preference, _ = preference_loss(policy, reference, rejected > 0, 0.4)
-    torch.testing.assert_close(values["loss_preference"], preference)
+        for row in range(len(chosen)):
+            pulls = []
+            for column in range(rejected.shape[1]):
+                if rejected[row, column]:
+                    items = [chosen, rejected[:, column].clamp(min=1)]
+                    policy, reference = (
+                        [log_probabilities(m, i)[row] for i in items] for m in (model, stage.reference)
+                    )
+                    codes = [model.codes[i[row]].tolist() for i in items]
+                    common = next(level for level in range(3) if codes[0][level] != codes[1][level])
+                    gains = [(p - r)[common:].sum() for p, r in zip(policy, reference, strict=True)]
+                    pulls.append(0.4 * (gains[1] - gains[0]))
+            total += float(-torch.nn.functional.logsigmoid(-torch.stack(pulls).logsumexp(0)))
+            won += float((torch.stack(pulls) < 0).float().mean())
+    assert float(values["loss_preference"]) == pytest.approx(total / len(chosen), rel=1e-4)
+    assert float(values["preference_accuracy"]) == pytest.approx(won / len(chosen), rel=1e-4)
     torch.testing.assert_close(values["loss_ids"], anchor_values["loss_ids"])
-    torch.testing.assert_close(loss, anchor + 0.7 * preference)
+    torch.testing.assert_close(loss, anchor + 0.7 * values["loss_preference"])
     torch.testing.assert_close(values["loss"], loss.detach())
+
+
+def aligned(stage, model, steps, lr=0.01):
+    """The values of every step."""
+    engine = TorchEngine(model, OptimizerConfig(lr=lr), ParallelConfig(precision="float32"))
+    for step in steps:
+        values = engine.backward(stage.loss, stage.prepare(model, stage.load(step, 0)), last=True)
+        engine.step(lr)
+        yield {name: float(value) for name, value in values.items()}
 
 
 def test_reference_is_the_model_as_the_stage_began(log):
     stage, model = align(log)
     before = {name: value.clone() for name, value in stage.reference.state_dict().items()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    engine = TorchEngine(model, OptimizerConfig(lr=0.1), "float32")
-    _, first = stage.loss(model, 0)
-    assert float(first["loss_preference"]) == pytest.approx(float(np.log(1 + 4)), rel=1e-4), "equal at the start"
-    for step in range(3):
-        engine.step(stage.loss(model, step)[0], lr=0.01)
+    values = list(aligned(stage, model, range(3)))
+    assert values[0]["loss_preference"] == pytest.approx(float(np.log(1 + 4)), rel=1e-4), "equal at the start"
+    assert values[0]["reward"] == pytest.approx(0, abs=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in stage.reference.state_dict().items())
     assert not any(parameter.requires_grad for parameter in stage.reference.parameters())
 
 
 def test_preference_training_wins_preferences(log):
-    stage, model = align(log, batch_size=32, weight=1.0, beta=0.5)
-    engine = TorchEngine(model, OptimizerConfig(lr=0.01), "float32")
-    losses = []
-    for _ in range(25):
-        loss, values = stage.loss(model, 0)
-        engine.step(loss, lr=0.01)
-        losses.append(float(values["loss_preference"]))
-    assert losses[-1] < 0.5 * losses[0]
+    stage, model = align(log, batch_tokens=1000, weight=1.0, beta=0.5)
+    values = list(aligned(stage, model, [0] * 25))
+    assert values[-1]["loss_preference"] < 0.5 * values[0]["loss_preference"]
+    assert values[-1]["reward"] > values[0]["reward"]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "align"])
 def test_autocast_loses_no_gradient(log, name):
     """Weights cast inside no_grad, for the beams, must not be reused without a gradient."""
     model = small.model(ITEMS, experts=2)
-    stage = align(log, model)[0] if name == "align" else Pretrain(PretrainConfig(batch_size=4), model.config, log, 0)
+    stage = (
+        align(log, model)[0]
+        if name == "align"
+        else Pretrain(PretrainConfig(batch_tokens=40), model.config, Chunks.of(log), 1, 0)
+    )
     gradients = {}
     for precision in ("float32", "bfloat16"):
-        engine = TorchEngine(model, OptimizerConfig(), precision)
+        engine = TorchEngine(model, OptimizerConfig(), ParallelConfig(precision=precision))
         model.eval()
         model.zero_grad()
-        with engine.autocast():
-            stage.loss(model, 0)[0].backward()
+        engine.backward(stage.loss, stage.prepare(model, stage.load(0, 0)), last=True)
         gradients[precision] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert gradients["float32"].keys() == gradients["bfloat16"].keys()
     for name, exact in gradients["float32"].items():
@@ -188,9 +221,9 @@ def test_autocast_loses_no_gradient(log, name):
 
 def test_empty_stages_have_no_steps():
     disliked = small.sequences([[1, 2, 3], [4, 5]], [[1.0, 1.0, 1.0], [2.0, 2.0]])
-    assert Finetune(FinetuneConfig(), small.config(), disliked, 0).steps_per_epoch == 0
+    assert Finetune(FinetuneConfig(), small.config(), Chunks.of(disliked), 1, 0).steps_per_epoch == 0
     assert align(disliked)[0].steps_per_epoch == 0
-    assert len(Pretrain(PretrainConfig(), small.config(), small.sequences([[1]]), 0).order.windows) == 0
+    assert Pretrain(PretrainConfig(), small.config(), Chunks.of(small.sequences([[1]])), 1, 0).steps_per_epoch == 0
 
 
 def test_windows_take():

@@ -161,6 +161,11 @@ class UGT(nn.Module):
         """Keep no activations of the layers but their inputs; gradients compute the others once more."""
         self.encoder.recompute = self.decoder.recompute = True
 
+    def compile_layers(self) -> None:
+        """Compile the training passes of the layers with torch.compile, each for any shape."""
+        for layer in (*self.encoder.layers, *self.decoder.layers):
+            layer.compile(dynamic=True)
+
     @torch.no_grad()
     def balance_router(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda load: load) -> Tensor:
         """Move every layer's selection bias against its load; call once after each optimizer step.

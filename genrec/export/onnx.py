@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
+from onnxscript import opset18
 
 from genrec.data.catalogue import vocabulary_hash
 from genrec.data.files import atomic_directory
@@ -62,7 +63,7 @@ def to_onnx(recommender: Recommender, dtype: torch.dtype = torch.float32, contex
             input_names=input_names(recommender),
             output_names=list(OUTPUTS),
             dynamic_shapes=(axes, (axes,) * len(fields)) if fields else (axes,),
-            custom_translation_table=nodes.TRANSLATIONS,
+            custom_translation_table={**nodes.TRANSLATIONS, torch.ops.aten.searchsorted.Tensor: _searchsorted},
         )
     assert program is not None
     proto = program.model_proto
@@ -154,6 +155,13 @@ def agreement(path: Path, recommender: Recommender, users: EventSequences, batch
         "same_items": same / max(1, expected.size),
         "score_error": error / max(1e-6, float(np.abs(scores[np.isfinite(scores)]).max(initial=0))),
     }
+
+
+def _searchsorted(keys: Any, values: Any, **options: Any) -> Any:
+    """torch.searchsorted of keys (B, W) and values (B, X), which ONNX does not have: how many keys are less."""
+    op: Any = opset18
+    less = op.Less(op.Unsqueeze(keys, op.Constant(value_ints=[1])), op.Unsqueeze(values, op.Constant(value_ints=[2])))
+    return op.ReduceSum(op.Cast(less, to=onnx.TensorProto.INT64), op.Constant(value_ints=[2]), keepdims=0)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from onnxscript import opset18
 from genrec.data.catalogue import vocabulary_hash
 from genrec.data.files import atomic_directory
 from genrec.data.sequences import take_users
+from genrec.export.files import FORMAT
 from genrec.generation import Recommender
 from genrec.interfaces import Catalogue, EventSequences, TokenType
 from genrec.kernels import onnx as nodes
@@ -26,7 +27,6 @@ from genrec.kernels import onnx as nodes
 FIELDS = {TokenType.ACTION: "actions", TokenType.TIME: "times", TokenType.CONTEXT: "contexts"}
 OUTPUTS = ("item_ids", "scores")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-FORMAT = "genrec-onnx"
 EXTERNAL = 1 << 30  # bytes of weights from which on they get a file of their own; protobuf ends at 2 GB
 
 
@@ -110,20 +110,6 @@ def export_onnx(
         _write_json(directory / "recommender.json", about)
         titles = [str(title) for title in catalogue.titles[1:]]
         _write_json(directory / "items.json", {"item_ids": [str(i) for i in catalogue.item_ids[1:]], "titles": titles})
-    return about
-
-
-def read_export(directory: Path) -> dict[str, Any]:
-    """recommender.json of an export; FileNotFoundError or ValueError where there is none that can be read."""
-    path = directory / "recommender.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the output of genrec export --to onnx")
-    try:
-        about = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{path} has no format {FORMAT!r}; expected the output of genrec export --to onnx")
     return about
 
 

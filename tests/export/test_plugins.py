@@ -189,7 +189,7 @@ def test_the_command(compiler, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Compiler, "link", lambda self, images, library: library.write_bytes(b"1") and library)
     options = ["--model", str(tmp_path), "--dtype", "fp16", "fp32", "--arch", "90", "--out", str(tmp_path)]
     assert main(options) == 2
-    assert "model.json does not exist; expected the directory of a finished genrec train run" in capsys.readouterr().err
+    assert "model.json does not exist; expected the output of genrec train" in capsys.readouterr().err
     (tmp_path / "model.json").write_text(json.dumps({"model": {**vars(UGTConfig()), "token_types": ["item"]}}))
     assert main(options) == 0
     assert asked == [([Shapes.of(UGTConfig())], [torch.float16, torch.float32], [90])]

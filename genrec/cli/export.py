@@ -108,8 +108,9 @@ def write_onnx(config: Config, trained: TrainedRun, out: Path) -> dict[str, Any]
 
 def write_engine(config: Config) -> None:
     """model.onnx, the plugins, and model.plan or the line that builds it."""
+    from genrec.export.kernel_images import ALL, Shapes
     from genrec.export.onnx import DTYPES
-    from genrec.export.plugins import ALL, Compiler, Shapes, build_plugins
+    from genrec.export.plugins import Compiler, build_plugins
     from genrec.export.tensorrt import Profile, build_engine, command, installed
 
     try:

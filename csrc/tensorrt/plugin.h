@@ -132,7 +132,7 @@ class Creator : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-// "relu_attention fp16 H=2 D=32": the name that genrec/export/plugins.py gives to the kernels of an operator.
+// "relu_attention fp16 H=2 D=32": the name that genrec/export/kernel_images.py gives to the kernels of an operator.
 std::string kernel_name(const char* op, DataType type, std::initializer_list<std::pair<const char*, int64_t>> sizes);
 
 inline int64_t bytes_of(DataType type) { return type == DataType::kFLOAT ? 4 : 2; }  // of a 'T'

@@ -24,7 +24,7 @@ from genrec.data.sequences import load_sequences, take_users
 from genrec.evaluation.comparison import Comparison, compare, summary
 from genrec.evaluation.report import NAMES, Example, ReportData, verdict, write_report
 from genrec.generation import Recommender
-from genrec.generation.storage import load_catalogue_of, load_model, read_model_json
+from genrec.generation.storage import load_catalogue_of, load_model, read_model_json, trained_on
 from genrec.interfaces import Catalogue, EventSequences
 from genrec.training.log import read_metrics
 
@@ -51,7 +51,7 @@ def run(config: Config) -> None:
     record = read_model_json(config.model)
     if "data" not in record or "stages" not in record:
         raise ValueError(f"{config.model / 'model.json'} was not written by genrec train; expected a finished run")
-    features = config.features or Path(record["data"]["features"])
+    features = config.features or trained_on(config.model)
     sequences, catalogue = load_sequences(features), load_catalogue_of(model, features)
     comparison = compare(model, recommender, sequences, record["data"]["held_out"], config.liked_from)
     out = config.out or config.model.parent

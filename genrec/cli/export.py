@@ -26,7 +26,7 @@ from genrec.data.vocabulary import load_vocabulary
 from genrec.generation import Recommender
 from genrec.generation.beam_search import Normalize
 from genrec.generation.recommender import Mode
-from genrec.generation.storage import load_run
+from genrec.generation.storage import TrainedRun, load_run
 
 CHECKED_USERS = 256
 SETTINGS = ("beams", "top_k", "mode", "alpha", "normalize")
@@ -71,14 +71,14 @@ class Config:
 def run(config: Config) -> None:
     """Write the export and say how it compares with PyTorch."""
     if config.to == "onnx":
-        write_onnx(config, config.out)
+        write_onnx(config, load_run(config.run, config.features), config.out)
     elif config.to == "tensorrt":
         write_engine(config)
     else:
         write_repository(config)
 
 
-def write_onnx(config: Config, out: Path) -> dict[str, Any]:
+def write_onnx(config: Config, trained: TrainedRun, out: Path) -> dict[str, Any]:
     """model.onnx, compared with PyTorch on users spread evenly over the log → its recommender.json."""
     try:
         import onnxruntime  # noqa: F401
@@ -86,7 +86,6 @@ def write_onnx(config: Config, out: Path) -> dict[str, Any]:
         from genrec.export.onnx import export_onnx
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; expected pip install 'genrec[export]'") from None
-    trained = load_run(config.run, config.features)
     given = {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
     if config.include_seen is not None:
         given["exclude_seen"] = not config.include_seen
@@ -109,14 +108,16 @@ def write_onnx(config: Config, out: Path) -> dict[str, Any]:
 
 def write_engine(config: Config) -> None:
     """model.onnx, the plugins, and model.plan or the line that builds it."""
+    from genrec.export.kernel_images import ALL, Shapes
     from genrec.export.onnx import DTYPES
-    from genrec.export.plugins import ALL, Compiler, Shapes, build_plugins
+    from genrec.export.plugins import Compiler, build_plugins
     from genrec.export.tensorrt import Profile, build_engine, command, installed
 
     try:
         Compiler()  # what is missing is said before minutes of work
-        about = write_onnx(config, config.out)
-        shapes = Shapes.of(load_run(config.run, config.features).model.config)
+        trained = load_run(config.run, config.features)
+        about = write_onnx(config, trained, config.out)
+        shapes = Shapes.of(trained.model.config)
         library = build_plugins([shapes], [DTYPES[config.dtype]], config.out, config.archs or ALL)
         print(f"plugins → {library}")
         profile = Profile(config.max_batch_size, config.max_length, min(about["max_events"], config.max_length))
@@ -146,6 +147,6 @@ def write_repository(config: Config) -> None:
         )  # fmt: skip
     else:
         with tempfile.TemporaryDirectory() as directory:
-            write_onnx(config, Path(directory) / "onnx")
+            write_onnx(config, load_run(config.run, config.features), Path(directory) / "onnx")
             write_repository(Path(directory) / "onnx", config.out, batching=batching, overwrite=config.overwrite)
     print(f"repository → {config.out}   (genrec serve --repository {config.out})")

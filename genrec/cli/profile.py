@@ -21,7 +21,7 @@ import torch
 from genrec.data.chunks import stream_sequences
 from genrec.data.sequences import leave_out, load_sequences, take_users
 from genrec.generation import Recommender
-from genrec.generation.storage import load_model, read_model_json
+from genrec.generation.storage import load_model, trained_on
 from genrec.profiling.operators import OperatorConfig, operator_call
 from genrec.profiling.window import SUFFIX, WindowConfig, nsight_tool, relaunch, run_window
 from genrec.training.config import TrainConfig
@@ -105,7 +105,7 @@ def _train(config: Train) -> Step:
 def _generate(config: Generate) -> Step:
     model, settings = load_model(config.model)
     settings = replace(settings, beams=config.beams or settings.beams)
-    sequences = load_sequences(Path(read_model_json(config.model)["data"]["features"]))
+    sequences = load_sequences(trained_on(config.model))
     if not 1 <= config.users <= len(sequences):
         raise ValueError(f"users is {config.users}; expected 1 to {len(sequences)}, as many as the log has")
     histories = take_users(sequences, np.linspace(0, len(sequences) - 1, num=config.users, dtype=int))

@@ -17,14 +17,14 @@ from rich.table import Table
 from genrec.data.sequences import load_sequences, take_users
 from genrec.data.vocabulary import Vocabulary, encode_events, load_vocabulary
 from genrec.generation import Recommender
-from genrec.generation.storage import load_catalogue_of, load_model, trained_on
+from genrec.generation.storage import load_run
 from genrec.interfaces import Catalogue, EventSequences
 
 
 @dataclass(frozen=True)
 class Config:
     model: Path
-    """directory written by genrec train"""
+    """directory written by genrec train, or the model's inside it"""
     user: str | None = None
     """id of a user of the log, whose whole history is read"""
     history: list[str] | None = None
@@ -45,15 +45,14 @@ def run(config: Config) -> None:
         raise ValueError("expected either --user or --history, and not both")
     if config.top_k < 1:
         raise ValueError(f"top_k is {config.top_k}; expected 1 or more")
-    model, settings = load_model(config.model)
-    features = config.features or trained_on(config.model)
-    catalogue = load_catalogue_of(model, features)
+    trained = load_run(config.model, config.features)
+    catalogue = trained.catalogue
     history = (
-        typed_history(config.history, catalogue, load_vocabulary(features))
+        typed_history(config.history, catalogue, load_vocabulary(trained.features))
         if config.history is not None
-        else user_history(config.user, features)
+        else user_history(config.user, trained.features)
     )
-    recommender = Recommender(model, replace(settings, exclude_seen=not config.include_seen))
+    recommender = Recommender(trained.model, replace(trained.settings, exclude_seen=not config.include_seen))
     ranked, scores = recommender.rank_scored(history, min(config.top_k, catalogue.size))
     rows = [(int(item), float(score)) for item, score in zip(ranked[0], scores[0], strict=True) if item > 0]
     if config.json:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from genrec.data.files import atomic_file
+from genrec.data.files import atomic_file, read_json
 from genrec.interfaces import Catalogue, SemanticIds
 
 
@@ -104,7 +104,7 @@ def _read_codes(directory: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]
     missing = {"item_id", "codes"} - set(table.column_names)
     if missing:
         raise ValueError(f"{directory / 'semantic_ids.parquet'} has no column {sorted(missing)[0]!r}")
-    sizes = _read_json(directory / "tokenizer.json").get("codebook_sizes")
+    sizes = read_json(directory / "tokenizer.json", "genrec tokenize").get("codebook_sizes")
     if not isinstance(sizes, list) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(
             f"{directory / 'tokenizer.json'}: codebook_sizes is {sizes!r}; expected a list of positive integers"
@@ -114,7 +114,7 @@ def _read_codes(directory: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]
 
 def _read_index_json(path: Path) -> tuple[dict[str, list[int]], tuple[int, ...]]:
     codes_of = {}
-    for item, words in _read_json(path).items():
+    for item, words in read_json(path, "genrec tokenize").items():
         matches = [re.fullmatch(r"<[a-z]+_(\d+)>", str(word)) for word in words] if isinstance(words, list) else []
         if not matches or None in matches:
             raise ValueError(f"{path}: item {item!r} has {words!r}; expected words such as '<a_1>'")
@@ -156,18 +156,6 @@ def read_parquet(path: Path, writer: str) -> pa.Table:
         return pq.read_table(path)
     except pa.ArrowInvalid:
         raise ValueError(f"{path} is not a readable Parquet file; run {writer} again") from None
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
 
 
 def _with_row_0(values: list[str]) -> NDArray[np.object_]:

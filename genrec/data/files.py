@@ -1,14 +1,17 @@
-"""Files that appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Files that appear whole or not at all: written under a temporary name beside the target, then renamed. And JSON read
+back, with errors that name the file."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -69,6 +72,19 @@ def locked(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by another run; wait for it or choose another directory"
             ) from None
         yield
+
+
+def read_json(path: Path, writer: str) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or ValueError names the file, or the command that writes it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected the output of {writer}")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

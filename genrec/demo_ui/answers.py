@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import unicodedata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from genrec.data.vocabulary import encode_events, load_vocabulary
 from genrec.demo_ui.explanation import explain
 from genrec.demo_ui.question import LIMITS, Question
 from genrec.generation import Recommender, RecommenderConfig
+from genrec.generation.recommender import Mode
 from genrec.generation.requests import Request
 from genrec.generation.storage import TrainedRun
 from genrec.interfaces import OOV, EventSequences
 
-MODES = ("mixed", "rerank", "beam", "items")
 SHOWN = 200  # events of a history that the page gets
 SAME = 1e-3  # log-probabilities closer than this are one: one comes from a batch of beams, the other from its own pass
 
@@ -63,7 +63,7 @@ class Demo:
             "reads": model.config.max_events,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "metrics": self.run.metrics,
-            "modes": MODES,
+            "modes": get_args(Mode),
             "limits": LIMITS,
             "defaults": {**_shown(settings), "top_k": min(settings.top_k, self.catalogue.size)},
         }
@@ -128,12 +128,12 @@ class Demo:
     def _rank(self, request: Request, settings: RecommenderConfig, hidden: int | None) -> _Ranked:
         top_k = min(settings.top_k, self.catalogue.size)
         begin = time.perf_counter()
-        opinions = self.recommender._opinions(request.history, request.fields, top_k)
-        items, scores = (best[0].cpu().numpy() for best in self.recommender._best(opinions, settings.alpha, top_k))
+        opinions = self.recommender.opinions(request.history, request.fields, top_k)
+        items, scores = (best[0].cpu().numpy() for best in self.recommender.best(opinions, settings.alpha, top_k))
         latency_ms = 1000 * (time.perf_counter() - begin)
         place = None
         if hidden not in (None, OOV):
-            everything = self.recommender._best(opinions, settings.alpha, self.catalogue.size)[0][0].cpu().numpy()
+            everything = self.recommender.best(opinions, settings.alpha, self.catalogue.size)[0][0].cpu().numpy()
             place = next((int(at) + 1 for at in np.flatnonzero(everything == hidden)), None)
         return _Ranked(items, scores, place, latency_ms)
 

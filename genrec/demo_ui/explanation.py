@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from genrec.generation import Recommender
+from genrec.generation.beam_search import child_log_probs
 from genrec.generation.requests import Request
 from genrec.models.ugt.decoder import KeyValue
 
@@ -25,7 +25,7 @@ def explain(recommender: Recommender, request: Request, items: Tensor) -> Explan
     """Of the items (R,) after the one history in `request`. The sum over an item's codes is what a beam search that
     reaches the item gives it; one that was cut short on the way has the same sum."""
     model, trie, normalize = recommender.model, recommender.trie, recommender.config.normalize
-    tokens = recommender._tokens(request.history, request.fields)
+    tokens = recommender.tokens(request.history, request.fields)
     encoded = model.encode(tokens, recommender.item_vectors)
     users = model.users(encoded, tokens)
     memory = model.memory(encoded, tokens)
@@ -39,14 +39,9 @@ def explain(recommender: Recommender, request: Request, items: Tensor) -> Explan
     for level in range(model.levels):
         hidden, present = model.step(x, level, memory, past)
         children, codes, alive = trie.expand(level, nodes)
-        logits = model.code_logits(level, hidden).float()
-        if normalize == "level":
-            logits = logits.log_softmax(-1)
-        logits = logits.expand(1, len(items), -1).gather(-1, codes).masked_fill(~alive, -math.inf)
-        if normalize == "children":
-            logits = logits.log_softmax(-1)
+        found = child_log_probs(model, level, hidden.expand(1, len(items), -1), codes, alive, normalize)
         child = ((codes == paths[..., level, None]) & alive).int().argmax(-1, keepdim=True)
-        log_probs.append(logits.gather(-1, child)[0, :, 0])
+        log_probs.append(found.gather(-1, child)[0, :, 0])
         nodes = children.gather(-1, child).squeeze(-1)
         past = [[*earlier, new] for earlier, new in zip(past, present, strict=True)]
         if level + 1 < model.levels:

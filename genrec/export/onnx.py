@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
+from onnxscript import opset18
 
 from genrec.data.catalogue import vocabulary_hash
 from genrec.data.files import atomic_directory
 from genrec.data.sequences import take_users
+from genrec.export.files import FORMAT
 from genrec.generation import Recommender
 from genrec.interfaces import Catalogue, EventSequences, TokenType
 from genrec.kernels import onnx as nodes
@@ -25,7 +27,6 @@ from genrec.kernels import onnx as nodes
 FIELDS = {TokenType.ACTION: "actions", TokenType.TIME: "times", TokenType.CONTEXT: "contexts"}
 OUTPUTS = ("item_ids", "scores")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-FORMAT = "genrec-onnx"
 EXTERNAL = 1 << 30  # bytes of weights from which on they get a file of their own; protobuf ends at 2 GB
 
 
@@ -62,7 +63,7 @@ def to_onnx(recommender: Recommender, dtype: torch.dtype = torch.float32, contex
             input_names=input_names(recommender),
             output_names=list(OUTPUTS),
             dynamic_shapes=(axes, (axes,) * len(fields)) if fields else (axes,),
-            custom_translation_table=nodes.TRANSLATIONS,
+            custom_translation_table={**nodes.TRANSLATIONS, torch.ops.aten.searchsorted.Tensor: _searchsorted},
         )
     assert program is not None
     proto = program.model_proto
@@ -112,20 +113,6 @@ def export_onnx(
     return about
 
 
-def read_export(directory: Path) -> dict[str, Any]:
-    """recommender.json of an export; FileNotFoundError or ValueError where there is none that can be read."""
-    path = directory / "recommender.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the output of genrec export --to onnx")
-    try:
-        about = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{path} has no format {FORMAT!r}; expected the output of genrec export --to onnx")
-    return about
-
-
 def agreement(path: Path, recommender: Recommender, users: EventSequences, batch_size: int = 32) -> dict[str, float]:
     """How model.onnx in ONNX Runtime compares with PyTorch on these users.
 
@@ -154,6 +141,13 @@ def agreement(path: Path, recommender: Recommender, users: EventSequences, batch
         "same_items": same / max(1, expected.size),
         "score_error": error / max(1e-6, float(np.abs(scores[np.isfinite(scores)]).max(initial=0))),
     }
+
+
+def _searchsorted(keys: Any, values: Any, **options: Any) -> Any:
+    """torch.searchsorted of keys (B, W) and values (B, X), which ONNX does not have: how many keys are less."""
+    op: Any = opset18
+    less = op.Less(op.Unsqueeze(keys, op.Constant(value_ints=[1])), op.Unsqueeze(values, op.Constant(value_ints=[2])))
+    return op.ReduceSum(op.Cast(less, to=onnx.TensorProto.INT64), op.Constant(value_ints=[2]), keepdims=0)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from genrec.data.files import atomic_directory
+from genrec.data.files import atomic_directory, read_json
+from genrec.export.files import read_export
 
 Flavour = Literal["cpu", "gpu"]
 MODELS = Path(__file__).parent / "triton_models"
-FORMAT = "genrec-onnx"
+WRITER = "genrec export --to triton"
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 
 
@@ -60,7 +61,7 @@ class Repository:
 
     def item_ids(self) -> list[str]:
         """The catalogue's item ids, in the order of the indices 1, 2, …"""
-        return read_json(self.directory / "recommend" / str(self.version) / "items.json")["item_ids"]
+        return read_json(self.directory / "recommend" / str(self.version) / "items.json", WRITER)["item_ids"]
 
 
 def write_repository(
@@ -88,7 +89,7 @@ def write_repository(
     Raises FileNotFoundError for a file that is missing, ValueError for one that is not what it should be or for
     arguments that do not go together, FileExistsError if `out` holds something and `overwrite` is False.
     """
-    about, items = _read_export(onnx_directory)
+    about, items = read_export(onnx_directory)
     batching = batching or Batching()
     for name, value in (("instances", instances), ("threads", threads)):
         if value < 1:
@@ -115,7 +116,7 @@ def add_version(onnx_directory: Path, repository: Path, *, engine: Path | None =
     `recommend`. Raises ValueError if the graph's inputs are not those of the repository, and as `write_repository`.
     """
     found = read_repository(repository)
-    about, items = _read_export(onnx_directory)
+    about, items = read_export(onnx_directory)
     if (found.flavour == "gpu") != (engine is not None):
         raise ValueError(f"{repository} is of flavour {found.flavour} and engine {engine}; expected an engine for gpu")
     for name in ("inputs", "outputs"):
@@ -135,7 +136,7 @@ def add_version(onnx_directory: Path, repository: Path, *, engine: Path | None =
 
 def read_repository(directory: Path) -> Repository:
     """What `write_repository` wrote into `directory`; FileNotFoundError or ValueError if it is no such repository."""
-    expected = "expected a model repository, the output of genrec export --to triton"
+    expected = f"expected a model repository, the output of {WRITER}"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; {expected}")
     for model in ("recommend", "recommend_graph"):
@@ -145,7 +146,7 @@ def read_repository(directory: Path) -> Repository:
     if not versions:
         raise ValueError(f"{directory / 'recommend'} has no version; {expected}")
     config = (directory / "recommend_graph" / "config.pbtxt").read_text()
-    about = read_json(directory / "recommend" / str(max(versions)) / "recommender.json")
+    about = read_json(directory / "recommend" / str(max(versions)) / "recommender.json", WRITER)
     return Repository(directory, max(versions), "gpu" if "tensorrt_plan" in config else "cpu", about)
 
 
@@ -194,36 +195,6 @@ def service_config(about: dict[str, Any], flavour: Flavour, instances: int, batc
         _parameter("pad_to", _list(pad_to, " ")),
     ]
     return "\n".join(parts) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError names the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected the output of genrec export") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _read_export(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """recommender.json and items.json."""
-    if not (directory / "model.onnx").is_file():
-        raise FileNotFoundError(f"{directory} has no model.onnx; expected the output of genrec export --to onnx")
-    about, items = read_json(directory / "recommender.json"), read_json(directory / "items.json")
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{directory / 'recommender.json'} has format {about.get('format')!r}; expected {FORMAT!r}")
-    for key in ("inputs", "outputs", "top_k", "max_events", "items"):
-        if key not in about:
-            raise ValueError(f"{directory / 'recommender.json'} has no {key!r}; run genrec export again")
-    for key in ("item_ids", "titles"):
-        if len(items.get(key, ())) != about["items"]:
-            found = len(items.get(key, ()))
-            raise ValueError(f"{directory / 'items.json'} has {found} {key}; expected {about['items']}, one an item")
-    return about, items
 
 
 def _write_version(

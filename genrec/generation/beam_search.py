@@ -43,7 +43,7 @@ def beam_search(
         for level in range(trie.levels):
             hidden, present = model.step(x, level, memory, past)
             children, codes, alive = trie.expand(level, nodes)
-            total = scores.unsqueeze(-1) + _log_probs(model, level, hidden, codes, alive, normalize)
+            total = scores.unsqueeze(-1) + child_log_probs(model, level, hidden, codes, alive, normalize)
             if level == trie.levels - 1 and excluded is not None:
                 total = total + trie.exclude(nodes, excluded)
             width = min(beams, nodes.shape[1] * trie.max_children[level], trie.nodes[level])
@@ -56,8 +56,11 @@ def beam_search(
     return take(trie.items, nodes).masked_fill(scores.isneginf(), 0), scores
 
 
-def _log_probs(model: UGT, level: int, hidden: Tensor, codes: Tensor, alive: Tensor, normalize: Normalize) -> Tensor:
-    """hidden (B, W, D), codes and alive (B, W, C) → (B, W, C) float32, -inf where there is no child."""
+def child_log_probs(
+    model: UGT, level: int, hidden: Tensor, codes: Tensor, alive: Tensor, normalize: Normalize
+) -> Tensor:
+    """hidden (B, W, D), codes and alive (B, W, C) as Trie.expand gives them → (B, W, C) float32, -inf where there is no
+    child; normalize as in beam_search."""
     if normalize == "level":
         logits = model.code_logits(level, hidden).float().log_softmax(-1).gather(-1, codes)
         return logits.masked_fill(~alive, -math.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -47,11 +47,11 @@ class RecommenderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         for name, values in (("mode", Mode), ("normalize", Normalize)):
-            if (value := getattr(self, name)) not in values.__args__:  # type: ignore[attr-defined]
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(values.__args__)}")  # type: ignore[attr-defined]
+            if (value := getattr(self, name)) not in get_args(values):
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(values))}")
 
 
-class _Opinions(NamedTuple):
+class Opinions(NamedTuple):
     """What the beam search and the item head say of C candidates, -inf where an item must not come back."""
 
     items: Tensor | None  # (B, C) int64; None where candidate i is item i, the whole catalogue
@@ -92,7 +92,7 @@ class Recommender(nn.Module):
             request without events, item 0 and score -inf.
         """
         top_k = self.config.top_k
-        return self._best(self._opinions(history, fields, top_k), self.config.alpha, top_k)
+        return self.best(self.opinions(history, fields, top_k), self.config.alpha, top_k)
 
     def rank(self, histories: EventSequences, top_k: int) -> NDArray[np.int64]:
         """(U, top_k) item indices, best first; 0 where there are fewer. Histories without events get no items."""
@@ -114,9 +114,9 @@ class Recommender(nn.Module):
             chosen = users[begin : begin + self.batch_size]
             with span("request", users=len(chosen), beams=self.config.beams, top_k=top_k):
                 request = self.request(take_users(histories, chosen))
-                opinions = self._opinions(request.history, request.fields, top_k)
+                opinions = self.opinions(request.history, request.fields, top_k)
                 for alpha, (items, scores) in zip(alphas, results, strict=True):
-                    best, score = self._best(opinions, alpha, top_k)
+                    best, score = self.best(opinions, alpha, top_k)
                     items[chosen], scores[chosen] = best.cpu().numpy(), score.cpu().numpy()
         return results
 
@@ -124,30 +124,31 @@ class Recommender(nn.Module):
         """The arguments of `forward` for these users."""
         return padded_request(histories, self.model.config.types, self.device)
 
-    def _opinions(self, history: Tensor, fields: Sequence[Tensor], top_k: int) -> _Opinions:
+    def opinions(self, history: Tensor, fields: Sequence[Tensor], top_k: int) -> Opinions:
+        """What the model says of the candidates for a list of top_k; history and fields as in `forward`."""
         model, mode = self.model, self.config.mode
-        tokens = self._tokens(history, fields)
+        tokens = self.tokens(history, fields)
         encoded = model.encode(tokens, self.item_vectors)
         users = model.users(encoded, tokens)
         seen = self._known(history) if self.config.exclude_seen else torch.zeros_like(history[:, :1])
         nothing = (tokens.lengths == 0)[:, None]
         if mode == "items":
             item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
-            return _Opinions(None, _hide(torch.zeros_like(item_head), seen, nothing), item_head)
+            return Opinions(None, _hide(torch.zeros_like(item_head), seen, nothing), item_head)
         start, memory = model.first_row(users, tokens), model.memory(encoded, tokens)
         width = max(self.config.beams, top_k)
         items, beam = beam_search(model, memory, start, self.trie, width, seen, self.config.normalize)
         if mode == "mixed":
             item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
-            return _Opinions(None, _hide(_spread(items, beam, item_head.shape[1]), seen, nothing), item_head)
+            return Opinions(None, _hide(_spread(items, beam, item_head.shape[1]), seen, nothing), item_head)
         beam = beam.masked_fill(nothing, -math.inf)
         if mode == "rerank":
             item_head = model.some_item_logits(users, self.item_vectors, items).float().log_softmax(-1)
-            return _Opinions(items, beam, item_head)
-        return _Opinions(items, beam, None)
+            return Opinions(items, beam, item_head)
+        return Opinions(items, beam, None)
 
-    def _best(self, opinions: _Opinions, alpha: float, top_k: int) -> tuple[Tensor, Tensor]:
-        """→ items (B, top_k) and scores (B, top_k)."""
+    def best(self, opinions: Opinions, alpha: float, top_k: int) -> tuple[Tensor, Tensor]:
+        """The list that opinions make → items (B, top_k) and scores (B, top_k)."""
         weight = 1.0 if self.config.mode == "items" else alpha
         total = opinions.beam if opinions.item_head is None else opinions.beam + weight * opinions.item_head
         width = min(top_k, total.shape[1])
@@ -163,7 +164,7 @@ class Recommender(nn.Module):
         """Item indices, 0 for what is no item of the catalogue."""
         return torch.where((history > 0) & (history <= self.model.vocabulary.items), history, 0)
 
-    def _tokens(self, history: Tensor, fields: Sequence[Tensor]) -> PaddedTokens:
+    def tokens(self, history: Tensor, fields: Sequence[Tensor]) -> PaddedTokens:
         """The last events that the model reads, without the padding between them, as tokens."""
         config = self.model.config
         kinds, columns = [TokenType.ITEM], [self._known(history).unsqueeze(-1)]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from genrec.data.catalogue import load_catalogue
-from genrec.data.files import atomic_file
+from genrec.data.files import atomic_file, read_json
 from genrec.generation.recommender import RecommenderConfig
 from genrec.interfaces import Catalogue
 from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
@@ -57,13 +57,7 @@ def load_catalogue_of(model: UGT, features: Path) -> Catalogue:
 
 def read_model_json(directory: Path) -> dict[str, Any]:
     """model.json of a trained model; FileNotFoundError or ValueError where there is none that can be read."""
-    path = directory / "model.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the directory of a finished genrec train run")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+    return read_json(directory / "model.json", "genrec train")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Trie(nn.Module):
     """
 
     items: Tensor  # (N,) int64, leaf → item index
-    leaves: Tensor  # (N + 1,) int64, item index → leaf, -1 for item 0
+    places: Tensor  # (N + 1, 2) int64, item index → the node above its leaf (-1 for item 0) and which child of it it is
 
     def __init__(self, semantic_ids: SemanticIds) -> None:
         super().__init__()
@@ -46,7 +46,9 @@ class Trie(nn.Module):
         if len(parents) != len(rows):
             raise ValueError("two items share one semantic id; expected every item to have its own")
         self._keep("items", order + 1)
-        self._keep("leaves", np.concatenate([[-1], np.argsort(order)]))
+        parent = np.repeat(np.arange(len(first_child) - 1), np.diff(first_child))  # of every leaf
+        places = np.stack([parent, np.arange(len(rows)) - first_child[parent]], 1)
+        self._keep("places", np.concatenate([[[-1, 0]], places[np.argsort(order)]]))
 
     def _keep(self, name: str, values: NDArray[np.int64]) -> None:
         self.register_buffer(name, torch.from_numpy(values.astype(np.int64)), persistent=False)
@@ -64,12 +66,23 @@ class Trie(nn.Module):
 
     def exclude(self, nodes: Tensor, items: Tensor) -> Tensor:
         """nodes (B, W) above the leaves, items (B, X) → (B, W, C) float32: -inf where the child is one of these items,
-        0 elsewhere. An item is a child of one node, at a place that its leaf tells, so nothing is searched."""
-        width, level = self.max_children[-1], self.levels - 1
-        first = F.embedding(nodes, self.get_buffer(f"children{level}"))[..., :1]
-        place = (take(self.leaves, items)[:, None] - (first - 1)).clamp(0, width + 1)  # (B, W, X), both ends: elsewhere
-        penalty = torch.zeros(*nodes.shape, width + 2, device=nodes.device)
-        return penalty.scatter(2, place, -math.inf)[..., 1 : width + 1]
+        0 elsewhere. Of beams that share a node the first is marked; the others are dead, for a beam's path is its own.
+        """
+        (requests, beams), width = nodes.shape, self.max_children[-1]
+        parent, child = F.embedding(items, self.places).unbind(-1)
+        beam = _first_places(nodes, parent, len(self.get_buffer(f"children{self.levels - 1}")))
+        penalty = torch.zeros(requests, (beams + 1) * width, device=nodes.device)  # the last beam takes what is in none
+        return penalty.scatter(1, beam * width + child, -math.inf).view(requests, beams + 1, width)[:, :beams]
+
+
+def _first_places(row: Tensor, wanted: Tensor, bound: int) -> Tensor:
+    """row (B, W) of numbers 0 … bound - 1, wanted (B, X) → (B, X): the first place of a row that holds the number, W
+    where none does. By search in what is sorted, for comparing all with all is slow where X is thousands."""
+    width = row.shape[1]
+    keys = (row * width + torch.arange(width, device=row.device)).sort(1)[0]  # by number, then by place
+    least = wanted * width
+    found = F.pad(keys, (0, 1), value=bound * width).gather(1, torch.searchsorted(keys, least))
+    return (found - least).clamp(max=width)
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_tensorrt_without_tensorrt_prints_the_command(trained, tmp_path, capsys,
     if headers is not None:
         monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(Path(headers.origin).parent / "include" / "tensorrt"))
     monkeypatch.setattr("genrec.export.tensorrt.installed", lambda: None)
-    monkeypatch.setattr("genrec.export.plugins.ALL", ())  # the PTX alone, for time's sake
+    monkeypatch.setattr("genrec.export.kernel_images.ALL", ())  # the PTX alone, for time's sake
     out = tmp_path / "engine"
     assert main(["export", str(trained), "--to", "tensorrt", "--out", str(out)]) == 0
     assert (out / "libgenrec_trt.so").stat().st_size > 100_000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genrec.data.files import atomic_directory, atomic_file, locked
+from genrec.data.files import atomic_directory, atomic_file, locked, read_json
 
 
 def test_file_appears_when_the_block_ends_well(tmp_path):
@@ -99,3 +99,15 @@ def test_directory_is_held_by_one_run(tmp_path):
         pass
     with locked(tmp_path / "run"):  # and free afterwards
         pass
+
+
+def test_json_that_cannot_be_read_is_named_with_its_writer(tmp_path):
+    path = tmp_path / "facts.json"
+    with pytest.raises(FileNotFoundError, match=r"facts\.json does not exist; expected the output of genrec train"):
+        read_json(path, "genrec train")
+    for content, words in ((b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "holds a list; expected a JSON")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"facts\.json {words}"):
+            read_json(path, "genrec train")
+    path.write_text('{"title": "ü"}', encoding="utf-8")
+    assert read_json(path, "genrec train") == {"title": "ü"}

@@ -14,7 +14,8 @@ import pytest
 import torch
 from plugin_harness import EVEN, TINY, Stub
 
-from genrec.export.plugins import Compiled, Compiler, compile_kernels
+from genrec.export.kernel_images import Compiled, compile_kernels
+from genrec.export.plugins import Compiler
 
 HERE = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-deprecated-declarations")

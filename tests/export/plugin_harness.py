@@ -12,7 +12,7 @@ from typing import Any
 import small
 import torch
 
-from genrec.export.plugins import Shapes
+from genrec.export.kernel_images import Shapes
 
 TINY = Shapes.of(small.config())  # heads and experts whose rows are no multiples of 16 elements
 EVEN = Shapes(d_model=64, heads=2, experts=4, top_k=2, d_expert=64)  # every size class has kernels of its own

@@ -9,8 +9,8 @@ from plugin_harness import TINY
 
 onnx = pytest.importorskip("onnx")
 
+from genrec.export.kernel_images import Shapes  # noqa: E402
 from genrec.export.onnx import to_onnx  # noqa: E402
-from genrec.export.plugins import Shapes  # noqa: E402
 from genrec.export.tensorrt import Builder, Profile, command  # noqa: E402
 from genrec.generation import Recommender, RecommenderConfig  # noqa: E402
 

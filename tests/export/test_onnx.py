@@ -13,7 +13,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from genrec.data.catalogue import load_catalogue, vocabulary_hash  # noqa: E402
 from genrec.data.sequences import load_sequences  # noqa: E402
-from genrec.export.onnx import agreement, export_onnx, input_names, read_export, to_onnx  # noqa: E402
+from genrec.export.files import read_export  # noqa: E402
+from genrec.export.onnx import agreement, export_onnx, input_names, to_onnx  # noqa: E402
 from genrec.generation import Recommender, RecommenderConfig  # noqa: E402
 from genrec.generation.storage import load_run  # noqa: E402
 from genrec.interfaces import Catalogue  # noqa: E402
@@ -146,7 +147,7 @@ def test_a_run_is_exported_with_what_a_server_needs(trained, tmp_path):
     run = load_run(trained)
     recommender, users = Recommender(run.model, run.settings), load_sequences(run.features)
     about = export_onnx(recommender, run.catalogue, tmp_path / "onnx", users=users, metrics={"recall@10": 0.5})
-    assert about == read_export(tmp_path / "onnx")
+    assert about == read_export(tmp_path / "onnx")[0]
     assert about["inputs"][0] == {"name": "history", "dtype": "int64", "shape": ["batch", "length"]}
     assert about["vocabulary_hash"] == vocabulary_hash(load_catalogue(run.features))
     assert about["metrics"] == {"recall@10": 0.5}

@@ -12,7 +12,8 @@ import torch
 from plugin_harness import EVEN, TINY, Plugins
 from torch import Tensor
 
-from genrec.export.plugins import ALL, LIBRARY, Compiler, Shapes, compile_kernels
+from genrec.export.kernel_images import ALL, Shapes, compile_kernels
+from genrec.export.plugins import LIBRARY, Compiler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -19,7 +19,7 @@ import torch
 from plugin_harness import EVEN, INT, LONG, TINY, Failure, Fake, Plugins, Stub
 from torch import Tensor
 
-from genrec.export.plugins import Compiled, Shapes
+from genrec.export.kernel_images import Compiled, Shapes
 from genrec.kernels import launch
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")

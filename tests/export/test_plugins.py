@@ -11,8 +11,9 @@ import pytest
 import torch
 from plugin_harness import EVEN, TINY
 
-from genrec.export import plugins
-from genrec.export.plugins import EVERY, Compiler, Shapes, build_plugins, cases, compile_kernels, main
+from genrec.export import kernel_images, plugins
+from genrec.export.kernel_images import EVERY, Compiled, Shapes, cases, compile_kernels
+from genrec.export.plugins import Compiler, build_plugins, main
 from genrec.kernels import launch
 from genrec.kernels.compilation import Image
 from genrec.models.ugt import UGTConfig
@@ -71,7 +72,7 @@ def test_every_kernel_is_compiled_in_every_size_class(arch, classes):
     for case in cases(EVEN, torch.float16, arch):
         for kernel, *_ in recorded(case.call, arch):
             found.setdefault(kernel.fn.__name__, set()).add(case.most)
-    assert found.keys() == plugins.STATIC.keys()
+    assert found.keys() == kernel_images.STATIC.keys()
     assert found["hidden_kernel"] == found["rows_kernel"] == classes
     assert found["forward"] == {16, 64, EVERY}
     assert found["_forward"] == found["route_kernel"] == {EVERY}
@@ -112,8 +113,8 @@ def image(**changes: Any) -> Image:
 
 
 def test_how_parameters_are_passed():
-    plugins._check_image(image(), 80)
-    codes = [plugins._code(image(), name) for name in ("order", "pairs", "experts", "stride_ik")]
+    kernel_images._check_image(image(), 80)
+    codes = [kernel_images._code(image(), name) for name in ("order", "pairs", "experts", "stride_ik")]
     assert codes == ["P", "i", "I", "1"]
 
 
@@ -129,7 +130,7 @@ def test_how_parameters_are_passed():
 )
 def test_images_that_the_library_cannot_launch(changes, sentence):
     with pytest.raises(RuntimeError, match=rf"order_kernel for sm_80 \(a case\) {sentence}"):
-        plugins._check_image(image(**changes), 80)
+        kernel_images._check_image(image(**changes), 80)
 
 
 def test_what_is_missing_is_said_before_anything_is_compiled(compiler, tmp_path, monkeypatch):
@@ -150,7 +151,7 @@ def test_what_is_missing_is_said_before_anything_is_compiled(compiler, tmp_path,
 
 
 def test_a_library_appears_whole_or_not_at_all(compiler, tmp_path):
-    broken = plugins.Compiled('a "name"', "kernel", EVERY, 80, False, 0, 128, (), (), "entry", b"")
+    broken = Compiled('a "name"', "kernel", EVERY, 80, False, 0, 128, (), (), "entry", b"")
     with pytest.raises(RuntimeError, match=r"g\+\+ does not build"):
         compiler.link([broken], tmp_path / "library.so")
     assert list(tmp_path.iterdir()) == []
@@ -159,17 +160,15 @@ def test_a_library_appears_whole_or_not_at_all(compiler, tmp_path):
 def test_the_environment_of_the_workers_ends_with_them(monkeypatch):
     monkeypatch.setenv("GENREC_ONE", "1")
     monkeypatch.delenv("GENREC_TWO", raising=False)
-    with plugins._environment({"GENREC_ONE": "2", "GENREC_TWO": "2"}):
+    with kernel_images._environment({"GENREC_ONE": "2", "GENREC_TWO": "2"}):
         assert os.environ["GENREC_ONE"] == os.environ["GENREC_TWO"] == "2"
     assert os.environ["GENREC_ONE"] == "1"
     assert "GENREC_TWO" not in os.environ
 
 
 def test_equal_images_are_kept_once(tmp_path):
-    def compiled(name: str, content: bytes) -> plugins.Compiled:
-        return plugins.Compiled(
-            name, "kernel", 64, 90, False, 0, 128, (("P", "x"), ("n", "y")), (("M", 2),), "k", content
-        )
+    def compiled(name: str, content: bytes) -> Compiled:
+        return Compiled(name, "kernel", 64, 90, False, 0, 128, (("P", "x"), ("n", "y")), (("M", 2),), "k", content)
 
     plugins.write_table([compiled("a", b"one"), compiled("b", b"two"), compiled("c", b"one")], tmp_path)
     assert (tmp_path / "images.bin").read_bytes() == b"one" + bytes(61) + b"two"
@@ -189,7 +188,7 @@ def test_the_command(compiler, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Compiler, "link", lambda self, images, library: library.write_bytes(b"1") and library)
     options = ["--model", str(tmp_path), "--dtype", "fp16", "fp32", "--arch", "90", "--out", str(tmp_path)]
     assert main(options) == 2
-    assert "model.json does not exist; expected the directory of a finished genrec train run" in capsys.readouterr().err
+    assert "model.json does not exist; expected the output of genrec train" in capsys.readouterr().err
     (tmp_path / "model.json").write_text(json.dumps({"model": {**vars(UGTConfig()), "token_types": ["item"]}}))
     assert main(options) == 0
     assert asked == [([Shapes.of(UGTConfig())], [torch.float16, torch.float32], [90])]

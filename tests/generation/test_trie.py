@@ -55,17 +55,22 @@ def test_expand_does_not_depend_on_the_other_nodes(codes, seed):
             assert all(torch.equal(x[b, w], y[0, 0]) for x, y in zip(together, alone, strict=True))
 
 
-@given(CODES, st.integers(0, 10))
-def test_exclude_marks_exactly_the_children_that_are_these_items(codes, seed):
+@given(CODES, st.integers(0, 10), st.integers(1, 9))
+def test_exclude_marks_exactly_the_children_that_are_these_items(codes, seed, beams):
     trie = build(codes)
     generator = torch.Generator().manual_seed(seed)
     above = trie.nodes[-2] if trie.levels > 1 else 1
-    nodes = torch.randint(above, (3, 4), generator=generator)
+    nodes = torch.randint(above, (3, beams), generator=generator)
     items = torch.randint(len(codes) + 1, (3, 6), generator=generator)
     children, _, alive = trie.expand(trie.levels - 1, nodes)
-    marked = trie.exclude(nodes, items).isneginf()
-    expected = torch.isin(trie.items[children[0]], items[0])
-    assert torch.equal(marked[0] & alive[0], expected & alive[0])
+    marked = trie.exclude(nodes, items)
+    assert marked.shape == alive.shape
+    for b in range(3):
+        for w in range(beams):
+            expected = torch.isin(trie.items[children[b, w]], items[b]) & alive[b, w]
+            if nodes[b, w] in nodes[b, :w]:  # a dead beam
+                expected = torch.zeros_like(expected)
+            assert torch.equal(marked[b, w].isneginf(), expected)
     assert not trie.exclude(nodes, torch.zeros_like(items)).any(), "item 0 is no leaf"
 
 

@@ -2,7 +2,7 @@
 """The mixture of experts in ONNX: MoeRoute and MoeExperts.
 
 The body of MoeExperts gives every token to every expert and weighs those that it did not choose with 0: E / k times the
-products, in two large ones. Standard ONNX has no grouped product, and a loop over the experts would have shapes that
+products, in three large ones. Standard ONNX has no grouped product, and a loop over the experts would have shapes that
 depend on data, which TensorRT refuses.
 """
 
@@ -30,21 +30,21 @@ def MoeRoute(logits, bias, top_k: int, renormalize: int):
 
 @onnxscript.script(DOMAIN)
 def MoeExperts(x, weights, indices, w_gate_up, w_down):
-    experts = op.Shape(w_gate_up, start=0, end=1)
-    dim = op.Shape(w_gate_up, start=2, end=3)
-    rest = op.Constant(value_ints=[-1])
-    to_hidden = op.Transpose(op.Reshape(op.Cast(w_gate_up, to=1), op.Concat(rest, dim, axis=0)), perm=[1, 0])
-    to_rows = op.Reshape(op.Transpose(op.Cast(w_down, to=1), perm=[0, 2, 1]), op.Concat(rest, dim, axis=0))
+    rows = op.Concat(op.Constant(value_ints=[-1]), op.Shape(w_down, start=1, end=2), axis=0)
+    gates, ups = op.Split(op.Cast(w_gate_up, to=1), axis=1, num_outputs=2)
+    to_gate = op.Transpose(op.Reshape(gates, rows), perm=[1, 0])  # (D, E · F)
+    to_up = op.Transpose(op.Reshape(ups, rows), perm=[1, 0])
+    to_rows = op.Reshape(op.Transpose(op.Cast(w_down, to=1), perm=[0, 2, 1]), rows)  # (E · F, D)
 
-    hidden = op.MatMul(op.Cast(x, to=1), to_hidden)  # (T, E · 2F)
-    tokens = op.Shape(x, start=0, end=1)
-    gate, up = op.Split(op.Reshape(hidden, op.Concat(tokens, experts, rest, axis=0)), axis=-1, num_outputs=2)
-    chosen = op.OneHot(op.Cast(indices, to=7), experts, op.Constant(value_floats=[0.0, 1.0]), axis=-1)  # (T, k, E)
+    tokens = op.Cast(x, to=1)
+    gate = op.MatMul(tokens, to_gate)
+    act = gate * op.Sigmoid(gate) * op.MatMul(tokens, to_up)
+    each = op.Concat(op.Shape(x, start=0, end=1), op.Shape(w_down, start=0, end=1), axis=0)
+    nothing = op.Expand(op.Constant(value_float=0.0), each)
+    share = op.ScatterElements(nothing, op.Cast(indices, to=7), weights, axis=1)  # (T, E)
     last = op.Constant(value_ints=[-1])
-    share = op.ReduceSum(chosen * op.Unsqueeze(weights, last), op.Constant(value_ints=[1]), keepdims=0)  # (T, E)
-    act = gate * op.Sigmoid(gate) * up * op.Unsqueeze(share, last)
-    rows = op.MatMul(op.Reshape(act, op.Concat(tokens, rest, axis=0)), to_rows)
-    return op.CastLike(rows, x)
+    shared = op.Reshape(act, op.Concat(each, last, axis=0)) * op.Unsqueeze(share, last)
+    return op.CastLike(op.MatMul(op.Reshape(shared, op.Shape(act)), to_rows), x)
 
 
 def _moe_route(logits, top_k: int, bias=None, renormalize: bool = True):

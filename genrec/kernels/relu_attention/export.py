@@ -3,6 +3,8 @@
 
 `divisor` and `visible` choose the normalizer as in op.py. The attributes are numbers of the node, so the bodies choose
 by Where and not by If; ONNX Runtime folds what that leaves constant.
+
+What a row may not see has -inf in the bias, of which the ReLU makes 0; the scores, many times as many, need no mask.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ def ReluAttention(q, k, v, rel_bias, causal: int, scale: float, divisor: float, 
     diagonal = op.Unsqueeze(op.Range(zero, rows, one) + size - rows, last_axis)  # (Lq, 1)
     last = op.Where(op.Cast(op.Constant(value_int=causal), to=9), diagonal, size - one)
     distance = op.Min(op.Abs(diagonal - keys), buckets - one)  # (Lq, Lk)
-    bias = op.Gather(op.Cast(rel_bias, to=1), distance, axis=1)  # (H, Lq, Lk)
+    seen = op.Gather(op.Cast(rel_bias, to=1), distance, axis=1)  # (H, Lq, Lk)
+    bias = op.Where(keys <= last, seen, op.Constant(value_float=float("-inf")))  # which the ReLU makes 0
 
     factor = op.Constant(value_float=scale)
     scores = op.MatMul(op.Cast(q, to=1) * factor, op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])) + bias
-    weights = op.Where(keys <= last, op.Relu(scores), op.Constant(value_float=0.0))
     fixed = op.Constant(value_float=divisor)
     given = op.Where(fixed > op.Constant(value_float=0.0), fixed, op.Cast(op.Max(size, one), to=1))
-    seen = op.Cast(op.Max(last + one, one), to=1)
-    n = op.Where(op.Cast(op.Constant(value_int=visible), to=9), seen, given)
-    return op.CastLike(op.MatMul(weights, op.Cast(v, to=1)) / n, q)
+    visible_keys = op.Cast(op.Max(last + one, one), to=1)
+    n = op.Where(op.Cast(op.Constant(value_int=visible), to=9), visible_keys, given)
+    return op.CastLike(op.MatMul(op.Relu(scores), op.Cast(v, to=1)) / n, q)
 
 
 @onnxscript.script(DOMAIN)
@@ -44,18 +46,18 @@ def ReluAttentionLimited(q, k, v, key_limit, rel_bias, scale: float, divisor: fl
     buckets = op.Squeeze(op.Shape(rel_bias, start=1))
     keys = op.Range(zero, size, one)
     end = op.Unsqueeze(op.Max(op.Min(key_limit, size), zero), op.Constant(value_ints=[-1]))  # (B, Lq, 1)
-    distance = op.Min(op.Abs(end - one - keys), buckets - one)  # (B, Lq, Lk)
-    bias = op.Transpose(op.Gather(op.Cast(rel_bias, to=1), distance, axis=1), perm=[1, 0, 2, 3])
+    distance = op.Where(keys < end, op.Min(op.Abs(end - one - keys), buckets - one), buckets)  # (B, Lq, Lk)
+    more, unseen = op.Constant(value_ints=[0, 0, 0, 1]), op.Constant(value_float=float("-inf"))
+    table = op.Pad(op.Cast(rel_bias, to=1), more, unseen)
+    bias = op.Transpose(op.Gather(table, distance, axis=1), perm=[1, 0, 2, 3])  # (B, H, Lq, Lk)
 
     factor = op.Constant(value_float=scale)
     scores = op.MatMul(op.Cast(q, to=1) * factor, op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])) + bias
-    head = op.Constant(value_ints=[1])
-    weights = op.Where(op.Unsqueeze(keys < end, head), op.Relu(scores), op.Constant(value_float=0.0))
     fixed = op.Constant(value_float=divisor)
     given = op.Where(fixed > op.Constant(value_float=0.0), fixed, op.Cast(op.Max(size, one), to=1))
-    seen = op.Cast(op.Unsqueeze(op.Max(end, one), head), to=1)
-    n = op.Where(op.Cast(op.Constant(value_int=visible), to=9), seen, given)
-    return op.CastLike(op.MatMul(weights, op.Cast(v, to=1)) / n, q)
+    visible_keys = op.Cast(op.Unsqueeze(op.Max(end, one), op.Constant(value_ints=[1])), to=1)
+    n = op.Where(op.Cast(op.Constant(value_int=visible), to=9), visible_keys, given)
+    return op.CastLike(op.MatMul(op.Relu(scores), op.Cast(v, to=1)) / n, q)
 
 
 def _relu_attention(

@@ -190,8 +190,8 @@ def run_stage(
             if (progress.step % validate_every == 0 or last) and not validate():
                 _say(
                     ranks,
-                    f"{name}: recall@10 fell from {progress.recall_before:.4f} by more than {stage.max_recall_loss:.0%}; "
-                    f"stopped at step {progress.step}, the best weights are kept",
+                    f"{name}: recall@10 fell from {progress.recall_before:.4f} by more than "
+                    f"{stage.max_recall_loss:.0%}; stopped at step {progress.step}, the best weights are kept",
                 )
                 break
             if progress.step % config.checkpoint_every == 0 and not last:

@@ -121,12 +121,12 @@ def test_validator_draws_users_by_seed(config):
         Validator(Chunks.of(small.sequences([[1, 2], [3]])), config.recommender, 5, 0, 4.0)
 
 
-def test_model_trains_without_the_two_last_events(config, tmp_path, monkeypatch):
+def test_model_trains_without_the_two_last_events(finished, config, tmp_path, monkeypatch):
     """Validation and test events reach no stage; after a refit only the test event is unseen."""
     given = []
     monkeypatch.setattr(run_module, "build_stage", lambda name, config, model, events: given.append(events) or 1 / 0)
     sequences = load_sequences(config.features)
-    for number, refit in ((2, None), (1, config.out)):
+    for number, refit in ((2, None), (1, finished)):
         with pytest.raises(ZeroDivisionError):
             train(dataclasses.replace(config, out=tmp_path / str(number), refit=refit))
         expected = leave_out(sequences, number)[0]

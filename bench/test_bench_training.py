@@ -1,32 +1,70 @@
 """What the compiled operators gain in training: a step of the demo's model, against the same model on the operators'
-plain PyTorch forms."""
+plain PyTorch forms; and how fast its batches are made.
 
-import numpy as np
+A case's place along its axis is its number of tokens: over its seconds that is tokens per second, and its memory over that
+is memory per token.
+"""
+
+import pytest
 import torch
 
 from bench.demo_model import ITEMS, PLAINLY, demo_model
+from bench.peers.loader import packing_loader
+from bench.sizes import sizes
+from genrec.data.chunks import Chunks
 from genrec.kernels.library import native_operators
-from genrec.training.batches import TrainingSet, all_positions
+from genrec.models.ugt import UGTConfig
+from genrec.training.config import PretrainConfig
+from genrec.training.loader import read_ahead
 from genrec.training.objectives import next_item_loss
+from genrec.training.stages.pretrain import Pretrain
 from tests import small
 
-USERS = 64
+MAX_EVENTS = 50
+LONGEST = 120
 
 
-def test_training_step(race):
+def pretraining(users, batch_tokens, epochs=1):
+    log = small.sequences(small.random_users(users, ITEMS, LONGEST, least=20))
+    config = PretrainConfig(batch_tokens=batch_tokens, epochs=epochs)
+    return Pretrain(config, UGTConfig(max_events=MAX_EVENTS), Chunks.of(log), 1, seed=0), log
+
+
+@pytest.mark.parametrize("batch_tokens", sizes([400], [800, 3200, 12800], [51200]))
+def test_training_step(race, batch_tokens):
     model = demo_model()  # in evaluation mode, without dropout: the same gradients in every contender
-    histories = small.sequences(small.random_users(USERS, ITEMS, 120, least=20))
-    windows = all_positions(histories.cu_events, model.config.max_events)
-    data = TrainingSet(histories, windows, np.ones(len(histories.item_ids), bool), model.config)
-    tokens, targets = data.batch(data.windows.take(np.arange(USERS)))
+    stage, _ = pretraining(max(8, batch_tokens // 20), batch_tokens)
+    batch = stage.load(0, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    tokens = len(batch.tokens.token_ids)
 
     def step():
-        loss, _ = next_item_loss(model, tokens, targets, 1.0)
+        loss, _ = next_item_loss(model, batch.tokens, batch.targets, 1.0)
         torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach()
 
-    race(f"training step, {len(tokens.token_ids)} events", {"genrec": step, "plain": step}, within=PLAINLY)
+    along = ("training step", "tokens", tokens)
+    race(f"training step, {tokens} tokens", {"genrec": step, "plain": step}, within=PLAINLY, along=along)
+
+
+@pytest.mark.parametrize("batch_tokens", sizes([400], [800, 3200, 12800], [51200]))
+def test_loader(race, batch_tokens):
+    """The batches of an epoch, against PyTorch's loader over the same windows with a function that packs them."""
+    stage, _ = pretraining(max(64, batch_tokens), batch_tokens)
+    data, _ = stage.loader[0]
+    steps, tokens = stage.steps_per_epoch, int(data.tokens(data.windows).sum())
+
+    def ours():
+        made = read_ahead(lambda step: stage.load(step, 0), range(steps))
+        return sum(len(batch.tokens.token_ids) for _, batch in made)
+
+    def theirs():
+        return sum(len(token_ids) for token_ids, _, _ in packing_loader(data, steps))
+
+    along = ("epoch of batches", "tokens", tokens)
+    contenders = {"genrec": ours, "DataLoader": theirs}
+    case = f"batches of {batch_tokens} tokens, epoch of {tokens}"
+    race(case, contenders, measure=lambda count: torch.tensor(float(count)), along=along)
 
 
 def test_the_operators_are_compiled():

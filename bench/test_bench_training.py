@@ -1,8 +1,8 @@
 """What the compiled operators gain in training: a step of the demo's model, against the same model on the operators'
 plain PyTorch forms; and how fast its batches are made.
 
-A case's place along its axis is its number of tokens: over its seconds that is tokens per second, and its memory over that
-is memory per token.
+Cases of a series differ in their number of tokens: divide it by the seconds for tokens per second, and the memory by it
+for memory per token.
 """
 
 import pytest

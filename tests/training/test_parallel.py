@@ -1,8 +1,10 @@
 """Two ranks train the same model as one that accumulates: every engine, every stage, through kills and moves."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,13 +135,27 @@ def test_two_runs_into_one_directory(arguments, tmp_path):
     assert exit_codes(first) == [0, 0]
 
 
-def launched(launcher, argv):
-    return subprocess.run([*launcher, "-m", "genrec", *argv], capture_output=True, text=True, timeout=180, check=False)
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "genrec")
+DEEPSPEED = (
+    "deepspeed.launcher.runner",
+    "--no_local_rank",
+    "--num_nodes",
+    "1",
+    "--num_gpus",
+    "2",
+    "--module",
+    "genrec",
+)
 
 
-def test_torchrun(arguments, alone, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = launched(torchrun, arguments(tmp_path / "model", micro_batches=PARTS))
+@pytest.mark.parametrize(
+    ("launcher", "engine"), [(TORCHRUN, "ddp"), pytest.param(DEEPSPEED, "zero-2", marks=needs_deepspeed)]
+)
+def test_launchers(arguments, alone, tmp_path, launcher, engine):
+    argv = arguments(tmp_path / "model", micro_batches=PARTS, parallel=engine)
+    command = [sys.executable, "-m", *launcher, *argv]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained") == 1
     same_training(alone, tmp_path / "model")

@@ -52,7 +52,7 @@ def run(config: Config) -> None:
     if "data" not in record or "stages" not in record:
         raise ValueError(f"{config.model / 'model.json'} was not written by genrec train; expected a finished run")
     features = config.features or trained_on(config.model)
-    sequences, catalogue = load_sequences(features), load_catalogue_of(model, features)
+    sequences, catalogue = load_sequences(features), load_catalogue_of(config.model, features)
     comparison = compare(model, recommender, sequences, record["data"]["held_out"], config.liked_from)
     out = config.out or config.model.parent
     results = summary(comparison) | {"alpha": recommender.alpha, "beams": recommender.beams}

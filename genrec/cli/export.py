@@ -96,7 +96,7 @@ def write_onnx(config: Config, trained: TrainedRun, out: Path) -> dict[str, Any]
     with Console(stderr=True).status("tracing the graph, then comparing it with PyTorch"):
         about = export_onnx(
             recommender, trained.catalogue, out, config.dtype, columns, config.overwrite, users,
-            genrec=genrec.__version__, metrics=trained.metrics,
+            genrec=genrec.__version__, metrics=trained.metrics, vocabulary_hash=trained.vocabulary_hash,
         )  # fmt: skip
     found = about["agreement"]
     print(

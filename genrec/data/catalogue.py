@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from genrec.data.files import atomic_file, read_json
+from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue, SemanticIds
 
 
@@ -38,9 +39,10 @@ def save_catalogue(directory: Path, catalogue: Catalogue) -> None:
         pq.write_table(table, path, compression="zstd")
 
 
-def vocabulary_hash(catalogue: Catalogue) -> str:
-    """sha256 of the item ids in their order: what an item index means."""
-    return hashlib.sha256("\n".join(catalogue.item_ids[1:]).encode()).hexdigest()
+def vocabulary_hash(catalogue: Catalogue, vocabulary: Vocabulary) -> str:
+    """sha256 of what every id means: the item ids in their order, and the values of the other token types."""
+    meaning = json.dumps([catalogue.item_ids[1:].tolist(), vocabulary.meaning()], ensure_ascii=False)
+    return hashlib.sha256(meaning.encode()).hexdigest()
 
 
 def load_catalogue(directory: Path | str) -> Catalogue:

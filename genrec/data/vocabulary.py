@@ -42,14 +42,20 @@ class Vocabulary:
             1 + sum(len(values) for _, values in self.context),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def meaning(self) -> dict[str, Any]:
+        """What the ids of actions, gaps and contexts stand for."""
         return {
-            "type_sizes": {t.name.lower(): size for t, size in zip(TokenType, self.type_sizes, strict=True)},
-            "special_ids": {"unknown": 0},
             "action_names": list(self.action_names),
             "rating_edges": list(self.rating_edges),
             "gap_edges": list(self.gap_edges),
             "context": [{"column": column, "values": list(values)} for column, values in self.context],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type_sizes": {t.name.lower(): size for t, size in zip(TokenType, self.type_sizes, strict=True)},
+            "special_ids": {"unknown": 0},
+            **self.meaning(),
             "min_count": self.min_count,
         }
 

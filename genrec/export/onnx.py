@@ -16,7 +16,6 @@ import torch
 from onnx import ModelProto
 from onnxscript import opset18
 
-from genrec.data.catalogue import vocabulary_hash
 from genrec.data.files import atomic_directory
 from genrec.data.sequences import take_users
 from genrec.export.files import FORMAT
@@ -84,8 +83,8 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write OUT/model.onnx (with model.onnx.data beside it past 1 GB), recommender.json and items.json.
 
-    recommender.json, which is returned, tells a program what it needs to call the graph: inputs, outputs, settings, the
-    vocabulary's hash, how the file agrees with PyTorch on `users`, and `facts`. items.json tells what the item indices
+    recommender.json, which is returned, tells a program what it needs to call the graph: inputs, outputs, settings, how
+    the file agrees with PyTorch on `users`, and `facts`. items.json tells what the item indices
     mean: entry i − 1 of item_ids and titles is index i.
     """
     proto = to_onnx(recommender, DTYPES[dtype], context_columns)
@@ -97,7 +96,6 @@ def export_onnx(
         **asdict(recommender.config),
         "max_events": recommender.model.config.max_events,
         "items": catalogue.size,
-        "vocabulary_hash": vocabulary_hash(catalogue),
         **facts,
     }
     with atomic_directory(out, overwrite) as directory:

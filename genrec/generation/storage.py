@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from genrec.data.catalogue import load_catalogue
+from genrec.data.catalogue import load_catalogue, vocabulary_hash
 from genrec.data.files import atomic_file, read_json
+from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.recommender import RecommenderConfig
 from genrec.interfaces import Catalogue
 from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
@@ -44,13 +45,19 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[UGT, RecommenderCo
     return model.to(device).eval(), recommender
 
 
-def load_catalogue_of(model: UGT, features: Path) -> Catalogue:
-    """The catalogue in `features`, which must be the one the model was trained on."""
-    catalogue = load_catalogue(features)
-    if catalogue.size != model.vocabulary.items:
+def load_catalogue_of(directory: Path, features: Path) -> Catalogue:
+    """The catalogue in `features`, whose vocabulary must be the one the model in `directory` was trained with."""
+    catalogue, record = load_catalogue(features), read_model_json(directory)
+    items, expected = record["vocabulary"]["items"], record.get("data", {}).get("vocabulary_hash")
+    if catalogue.size != items:
         raise ValueError(
-            f"{features} has {catalogue.size} items, the model was trained on {model.vocabulary.items}; "
+            f"{features} has {catalogue.size} items, the model was trained on {items}; "
             "expected the features directory of its training"
+        )
+    if expected and vocabulary_hash(catalogue, load_vocabulary(features)) != expected:
+        raise ValueError(
+            f"{features} has another vocabulary than the model in {directory} was trained with; "
+            "expected the features directory of its training, or a model trained anew"
         )
     return catalogue
 
@@ -69,6 +76,8 @@ class TrainedRun:
     features: Path
     """of its training"""
     catalogue: Catalogue
+    vocabulary_hash: str
+    """of what its ids mean"""
     metrics: dict[str, float] | None
     """of the test users, where the run was evaluated"""
 
@@ -80,7 +89,9 @@ def load_run(run: Path, features: Path | None = None) -> TrainedRun:
         raise FileNotFoundError(f"{run} holds no model; expected the directory of a finished genrec train run")
     model, settings = load_model(directory)
     features = features or trained_on(directory)
-    return TrainedRun(model, settings, features, load_catalogue_of(model, features), _test_metrics(directory.parent))
+    catalogue = load_catalogue_of(directory, features)
+    known_by = vocabulary_hash(catalogue, load_vocabulary(features))
+    return TrainedRun(model, settings, features, catalogue, known_by, _test_metrics(directory.parent))
 
 
 def trained_on(directory: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genrec.data.catalogue import load_catalogue, load_semantic_ids
+from genrec.data.catalogue import load_catalogue, load_semantic_ids, vocabulary_hash
 from genrec.data.chunks import Chunks, stream_sequences
 from genrec.data.files import atomic_directory, atomic_file, locked
 from genrec.data.sequences import leave_out
@@ -59,7 +59,10 @@ def _train(config: TrainConfig, sequences: Chunks, chosen: Chosen, ranks: Ranks)
         }
     model = model.to(ranks.device)
     recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, config, chosen, ranks))
-    data = {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out}
+    data = {
+        "features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out,
+        "vocabulary_hash": vocabulary_hash(load_catalogue(config.features), load_vocabulary(config.features)),
+    }  # fmt: skip
     ranks.on_first(lambda: save_model(config.out, model, recommender, data=data, stages=stages))
     ranks.on_first(lambda: shutil.rmtree(config.out / "checkpoints", ignore_errors=True))
     return model

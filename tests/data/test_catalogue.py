@@ -7,7 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genrec.data.catalogue import load_catalogue, load_semantic_ids, save_catalogue, save_semantic_ids
+from genrec.data.catalogue import (
+    load_catalogue,
+    load_semantic_ids,
+    save_catalogue,
+    save_semantic_ids,
+    vocabulary_hash,
+)
+from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue, SemanticIds
 
 
@@ -24,6 +31,19 @@ def catalogue():
 @pytest.fixture
 def semantic_ids():
     return SemanticIds(np.array([[0, 0], [1, 2], [1, 3], [0, 2]], np.int64), (2, 4))
+
+
+def test_the_hash_tells_vocabularies_apart():
+    def hash_of(*ids, actions=(), context=()):
+        names, zeros = np.array(["", *ids], np.object_), np.zeros(len(ids) + 1, np.int64)
+        catalogue = Catalogue(names, names, zeros, np.zeros((len(ids) + 1, 2), np.float32))
+        return vocabulary_hash(catalogue, Vocabulary(len(ids), actions, (), (), context, 1))
+
+    others = (("b", "a"), ("a",), ("a", "b", "c"), ("ab",), ("a\nb",), ("a", "b\n"))
+    hashes = [hash_of(*ids) for ids in (("a", "b"), *others)]
+    hashes += [hash_of("a", "b", actions=("buy",)), hash_of("a", "b", context=(("day", ("Mon",)),))]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_of("a", "b") == hash_of("a", "b")
 
 
 def test_catalogue_round_trip(tmp_path, catalogue):

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small
 import torch
 from safetensors.torch import load_file
 
 from genrec.cli import main
+from genrec.data.catalogue import load_catalogue, vocabulary_hash
 from genrec.data.chunks import Chunks
 from genrec.data.files import locked
 from genrec.data.sequences import leave_out, load_sequences
+from genrec.data.vocabulary import load_vocabulary
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender
 from genrec.generation.storage import load_model
@@ -55,7 +60,11 @@ def test_what_a_run_leaves_behind(finished, config):
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {"config.json", "metrics.jsonl", "model.json", "model.safetensors", "stages", "tensorboard"}
     record = facts(finished)
-    assert record["data"] == {"features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": 2}
+    known_by = vocabulary_hash(load_catalogue(config.features), load_vocabulary(config.features))
+    assert record["data"] == {
+        "features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": 2,
+        "vocabulary_hash": known_by,
+    }  # fmt: skip
     rows = read_metrics(finished / "metrics.jsonl")
     for name, key in STAGES.items():
         stage = record["stages"][name]
@@ -163,7 +172,7 @@ def test_refit_repeats_the_chosen_steps_and_alpha(finished, config, tmp_path):
 def refused(argv, capsys, code, *words):
     assert main(argv) == code
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("genrec train: error: ")
+    assert lines[-1].startswith(f"genrec {argv[0]}: error: ")
     assert "Traceback" not in "\n".join(lines)
     for word in words:
         assert word in lines[-1]
@@ -207,7 +216,7 @@ def test_a_directory_in_use_is_refused(arguments, tmp_path, capsys):
     [
         ({"semantic_ids": "nowhere"}, "nowhere"),
         ({"features": "nowhere"}, "nowhere"),
-        ({"refit": "nowhere"}, "expected the directory of a finished genrec train run"),
+        ({"refit": "nowhere"}, "nowhere/model.json does not exist; expected the output of genrec train"),
         ({"device": "abacus"}, "device is 'abacus'; expected cpu"),
         ({"model.token_types": "[item,context]", "model.d_model": 15}, "model.d_model is 15; expected a multiple"),
         ({"pretrain.batch_tokens": 0}, "pretrain.batch_tokens is 0; expected 1 or more"),
@@ -224,6 +233,18 @@ def test_bad_input_costs_nothing(finished, arguments, tmp_path, capsys, monkeypa
     before = (finished / "model.safetensors").read_bytes()
     refused(arguments(finished, **({"overwrite": "true"} | change)), capsys, 2, words)
     assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(finished, config, tmp_path, capsys):
+    """Two items that changed places would silently be each other."""
+    shutil.copytree(config.features, tmp_path / "features")
+    items = pq.read_table(tmp_path / "features" / "items.parquet")
+    names = items["item_id"].to_pylist()
+    names[:2] = names[1], names[0]
+    swapped = items.set_column(items.schema.get_field_index("item_id"), "item_id", pa.array(names))
+    pq.write_table(swapped, tmp_path / "features" / "items.parquet")
+    argv = ["evaluate", "--model", str(finished), "--features", str(tmp_path / "features"), "--out", str(tmp_path)]
+    refused(argv, capsys, 2, "has another vocabulary than the model")
 
 
 def test_overwrite_starts_anew(config, tmp_path):

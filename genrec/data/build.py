@@ -12,6 +12,8 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from genrec.data.catalogue import save_catalogue
 from genrec.data.config import FeaturesConfig
@@ -36,26 +38,26 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
     malformed = Malformed(config.max_malformed)
     files, item_files = find_files(config.events), find_files(config.items) if config.items else []
     inputs = [file.path for file in (*files, *item_files)]
-    with (
-        atomic_directory(config.out, config.overwrite, inputs) as directory,
-        local_database(config) as connection,
-        _engine(config, connection) as engine,
-    ):
-        with _step(f"reading {config.events_name}"):
-            sources = open_sources(files)
-            columns = choose_log_columns(config, sources[0])
-            engine.read_events(sources, columns)
-            report_malformed(engine.fetch(first_malformed("parsed")), files, malformed)
-            read_items(connection, config, columns.item, malformed)
-            if config.include_unseen:
-                engine.put("described_items", connection.sql("SELECT item FROM item_file").to_arrow_table())
-        with _step("ordering and counting events"):
-            counts = order_log(engine, config, columns)
-            vocabulary = build_vocabulary(engine, config, columns)
-        with _step("writing sequences"):
-            _write_sequences(engine, config, vocabulary, counts.users, directory)
-        with _step(f"making features of {vocabulary.items:,} items"):
-            save_catalogue(directory, _catalogue(engine, connection, config))
+    with atomic_directory(config.out, config.overwrite, inputs) as directory:
+        with local_database(config) as connection, _engine(config, connection) as engine:
+            with _step(f"reading {config.events_name}"):
+                sources = open_sources(files)
+                columns = choose_log_columns(config, sources[0])
+                engine.read_events(sources, columns)
+                report_malformed(engine.fetch(first_malformed("parsed")), files, malformed)
+                read_items(connection, config, columns.item, malformed)
+                if config.include_unseen:
+                    engine.put("described_items", connection.sql("SELECT item FROM item_file").to_arrow_table())
+            with _step("ordering and counting events"):
+                counts = order_log(engine, config, columns)
+                vocabulary = build_vocabulary(engine, config, columns)
+                items = _items(engine, connection, config)
+            with _step("writing sequences"):
+                _write_sequences(engine, config, vocabulary, counts.users, directory)
+            with _step("counting pairs of items"):
+                pairs = count_pairs(engine, config) if config.cooccurrence_dim else None
+        with _step(f"making features of {vocabulary.items:,} items"):  # in the memory that the engine gave back
+            save_catalogue(directory, _catalogue(items, pairs, config))
         vocabulary.save(directory)
         summary = _summary(config, columns, counts, vocabulary, malformed)
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
@@ -83,33 +85,35 @@ def _write_sequences(
     engine.write_parts(kept_events(config, vocabulary), parts.count, parts.write)
 
 
-def _catalogue(engine: Engine, connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> Catalogue:
+def _items(engine: Engine, connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> pa.Table:
+    """item, title, text and count of every item of the vocabulary, in the order of their index."""
     connection.register("known_items", engine.fetch("SELECT item, index, seen, count FROM items"))
     if config.items:
         _require_common_items(connection, config)
-    rows = connection.execute("""
-        SELECT k.item, coalesce(nullif(title, ''), k.item), coalesce(text, ''), count
-        FROM known_items k LEFT JOIN item_file f ON k.item = f.item ORDER BY index""").fetchall()
-    item_ids, titles, texts, counts = zip(*rows, strict=True)
-    pairs = count_pairs(engine, config) if config.cooccurrence_dim else None
+    return connection.sql("""
+        SELECT k.item, coalesce(nullif(title, ''), k.item) AS title, coalesce(text, '') AS text, count
+        FROM known_items k LEFT JOIN item_file f ON k.item = f.item ORDER BY index""").to_arrow_table()
+
+
+def _catalogue(items: pa.Table, pairs: dict[str, NDArray[Any]] | None, config: FeaturesConfig) -> Catalogue:
+    texts = items["text"].to_pylist()
     features = item_features(texts, pairs, config.text_dim, config.cooccurrence_dim, config.text_encoder, config.seed)
     return Catalogue(
-        item_ids=np.array(["", *item_ids], dtype=np.object_),
-        titles=np.array(["", *titles], dtype=np.object_),
-        counts=np.array([0, *counts], dtype=np.int64),
+        item_ids=np.array(["", *items["item"].to_pylist()], dtype=np.object_),
+        titles=np.array(["", *items["title"].to_pylist()], dtype=np.object_),
+        counts=np.array([0, *items["count"].to_pylist()], dtype=np.int64),
         features=features,
     )
 
 
 def _require_common_items(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> None:
-    row = connection.execute("""
+    ((common, described, seen),) = connection.execute("""
         SELECT count(*) FILTER (WHERE seen > 0 AND item IN (SELECT item FROM item_file)),
-            (SELECT min(item) FROM item_file), min(item) FILTER (WHERE seen > 0) FROM known_items""").fetchone()
-    assert row is not None
-    common, described, seen = row
+            (SELECT min(item) FROM item_file), min(item) FILTER (WHERE seen > 0) FROM known_items""").fetchall()
     if not common:
-        where = config.items if isinstance(config.items, Path) else ", ".join(map(str, config.items or []))
-        raise ValueError(f"{where} describes no item of the log: it has items such as {described!r}, the log {seen!r}")
+        raise ValueError(
+            f"{config.items_name} describes no item of the log: it has items such as {described!r}, the log {seen!r}"
+        )
 
 
 def _summary(

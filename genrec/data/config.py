@@ -98,6 +98,11 @@ class FeaturesConfig:
         """The input as messages call it."""
         return ", ".join(map(str, _listed(self.events)))
 
+    @property
+    def items_name(self) -> str:
+        """The item file as messages call it, empty if there is none."""
+        return ", ".join(map(str, _listed(self.items)))
+
     def to_json(self) -> dict[str, Any]:
         """The settings that decide the output: file names without folders, nothing about this machine."""
         settings = asdict(self) | {"events": _names(self.events), "items": _names(self.items)}

@@ -163,6 +163,5 @@ def _text_columns(
         return []
     values = [f"fields[{columns.index(name) + 1}]" for name in names]
     words = ", ".join(f"bool_or({value} IS NOT NULL AND TRY_CAST({value} AS DOUBLE) IS NULL)" for value in values)
-    found = connection.execute(f"SELECT {words} FROM raw_items WHERE problem IS NULL").fetchone()
-    assert found is not None
+    (found,) = connection.execute(f"SELECT {words} FROM raw_items WHERE problem IS NULL").fetchall()
     return [name for name, holds_words in zip(names, found, strict=True) if holds_words]

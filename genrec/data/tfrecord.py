@@ -28,7 +28,7 @@ def encode_examples(table: pa.Table) -> bytes:
     if not len(table):
         return b""
     features = [_entry(name, *_feature_list(name, table[name].combine_chunks())) for name in table.column_names]
-    return _frame(_field(_VALUES, pc.binary_join_element_wise(*features, b"")))
+    return _frame(_field(_VALUES, _join(*features)))
 
 
 def _entry(name: str, kind: str, values: pa.Array) -> pa.Array:
@@ -36,7 +36,7 @@ def _entry(name: str, kind: str, values: pa.Array) -> pa.Array:
     key = name.encode()
     feature = _field(_MAP_VALUE, _field(_LIST_OF[kind], values))
     tag = _VALUES + _varints(np.array([len(key)]))[0].tobytes() + key
-    return _field(_VALUES, pc.binary_join_element_wise(_scalar(tag), feature, b""))
+    return _field(_VALUES, _join(_scalar(tag), feature))
 
 
 def _feature_list(name: str, column: pa.Array) -> tuple[str, pa.Array]:
@@ -73,7 +73,12 @@ def _packed(lists: pa.Array) -> pa.Array:
 def _field(tag: bytes, messages: pa.Array) -> pa.Array:
     """A length-delimited field per row: its tag, the length, the message."""
     data, ends = _varints(pc.binary_length(messages).to_numpy())
-    return pc.binary_join_element_wise(_scalar(tag), _slices(ends, data), messages, b"")
+    return _join(_scalar(tag), _slices(ends, data), messages)
+
+
+def _join(*pieces: pa.Array | pa.Scalar) -> pa.Array:
+    """The pieces of every row end to end."""
+    return pc.binary_join_element_wise(*pieces, _scalar(b""))
 
 
 def _scalar(value: bytes) -> pa.Scalar:
@@ -110,7 +115,7 @@ def _frame(records: pa.Array) -> bytes:
     head["crc"] = _masked_crcs(_slices(np.arange(len(records) + 1) * 8, lengths))
     tail = _masked_crcs(records)
     rows = np.arange(len(records) + 1)
-    framed = pc.binary_join_element_wise(_slices(rows * 12, head), records, _slices(rows * 4, tail), b"")
+    framed = _join(_slices(rows * 12, head), records, _slices(rows * 4, tail))
     offsets = np.frombuffer(framed.buffers()[1], np.int64)
     return memoryview(framed.buffers()[2])[offsets[framed.offset] : offsets[framed.offset + len(framed)]].tobytes()
 

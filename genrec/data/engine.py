@@ -101,7 +101,7 @@ def local_database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-OUTSIDE_DUCKDB = 300 * 10**6  # bytes of a process for Python, its libraries and the batches between them and DuckDB
+OUTSIDE_DUCKDB = 400 * 10**6  # bytes of a process for Python, its libraries and the batches between them and DuckDB
 
 
 def parse_memory(size: str) -> int:

@@ -6,7 +6,9 @@ it needs genrec, and the folders of input and output at the same paths as the dr
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,6 +126,7 @@ def spark_engine(config: FeaturesConfig) -> Iterator[SparkEngine]:
         session = SparkSession.builder.config(conf=settings).getOrCreate()
     if here:
         session.sparkContext.setLogLevel("OFF")  # what goes wrong becomes a sentence
+        logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     try:
         yield SparkEngine(session)
     finally:
@@ -164,13 +167,19 @@ def _spark_schema(schema: pa.Schema) -> Any:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Spark reports what goes wrong with the stack traces of two languages; keep what they say first."""
+    """Spark reports what goes wrong with the stack traces of two languages; OSError keeps what they say."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        said = [line for line in lines if line and not line.startswith(("at ", "Traceback", "File ", "JVM stacktrace"))]
-        raise OSError(f"Spark: {said[0] if said else type(error).__name__}") from None
+        raise OSError(f"Spark: {_sentence(str(error)) or type(error).__name__}") from None
+
+
+def _sentence(report: str) -> str:
+    """The error that a Python worker raised, or else the first line."""
+    raised = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception): .+)$", report, re.MULTILINE)
+    if "Python worker" in report and raised:
+        return raised[0]
+    return next((line.strip() for line in report.splitlines() if line.strip()), "")

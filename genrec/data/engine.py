@@ -94,6 +94,7 @@ def local_database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection
         given = {name: value for name, value in settings.items() if value is not None}
         with duckdb.connect(Path(scratch) / "log.duckdb", config=given) as connection:
             try:
+                connection.execute("SET enable_progress_bar = false")  # it would be drawn into the command's output
                 yield connection
             except duckdb.OutOfMemoryException:
                 limit = config.memory_limit or "80 % of the machine's memory"

@@ -71,7 +71,7 @@ class FeaturesConfig:
     engine: Literal["duckdb", "spark"] = "duckdb"
     """What runs the pipeline: DuckDB here, or Spark, here or on a cluster (pip install 'genrec[spark]', and Java 17).
     The output does not depend on it."""
-    spark: dict[str, str] = field(default_factory=dict)
+    spark: dict[str, str | int] = field(default_factory=dict)
     """Settings of Spark, such as {spark.master: yarn}; without a master, here or from spark-submit, it runs here."""
     threads: int | None = None
     """Threads of DuckDB, or of Spark where it runs here; all if not given. The output does not depend on it."""

@@ -87,16 +87,19 @@ def _minilm(texts: Sequence[str]) -> NDArray[np.float64]:
 def _ppmi(pairs: dict[str, NDArray[Any]], items: int) -> sparse.csr_matrix:
     """Positive pointwise mutual information (N, N) of pairs by their weight, in whatever unit, contexts smoothed by the
     power 0.75 (Levy, Goldberg and Dagan 2015)."""
-    a, b = pairs["a"] - 1, pairs["b"] - 1
-    half = sparse.csr_matrix((pairs["weight"].astype(np.float64), (a, b)), shape=(items, items))
+    places = (pairs["a"] - 1, pairs["b"] - 1)
+    half = sparse.csr_matrix((pairs["weight"].astype(np.float64), places), shape=(items, items))
     matrix = half + half.T
+    del half, places  # there may be many pairs: the rest happens in place
     item_weight = np.asarray(matrix.sum(axis=1)).ravel()
     context_share = item_weight**0.75 / (item_weight**0.75).sum()
-    matrix = matrix.tocoo()
-    information = np.log(matrix.data / (item_weight[matrix.row] * context_share[matrix.col]))
-    positive = information > 0
-    kept = (information[positive], (matrix.row[positive], matrix.col[positive]))
-    return sparse.csr_matrix(kept, shape=(items, items))
+    by_chance = np.repeat(item_weight, np.diff(matrix.indptr))
+    by_chance *= context_share[matrix.indices]
+    matrix.data /= by_chance
+    np.log(matrix.data, out=matrix.data)
+    np.maximum(matrix.data, 0, out=matrix.data)
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def _truncated_svd(

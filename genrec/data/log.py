@@ -131,7 +131,8 @@ def kept_events(config: FeaturesConfig, vocabulary: Vocabulary) -> str:
 def count_pairs(engine: Engine, config: FeaturesConfig) -> dict[str, NDArray[Any]]:
     """How much two different known items stand within `window` events outside the holdout: a < b, weight, which sums
     lcm(1 … window) / distance, a whole number, so that its sum is exact in any order. Whole histories count, also what
-    max_events cuts. Rows are ordered; the max_pairs heaviest are kept, and those as light as the last of them."""
+    max_events cuts. Rows are ordered. Of more than max_pairs the heaviest are kept, of equal ones all or none; those
+    that weigh most always are."""
     whole = lcm(*range(1, config.window + 1))
     before = ", ".join(
         f"{{'item': lag(item, {k}) OVER (PARTITION BY user ORDER BY n), 'weight': {whole // k}}}"
@@ -153,8 +154,9 @@ def count_pairs(engine: Engine, config: FeaturesConfig) -> dict[str, NDArray[Any
         engine,
         f"""
         WITH sizes AS (SELECT weight, count(*) AS size FROM pairs GROUP BY weight),
-        sums AS (SELECT weight, CAST(sum(size) OVER (ORDER BY weight DESC) AS BIGINT) - size AS heavier FROM sizes)
-        SELECT coalesce(min(weight), 0) AS weight FROM sums WHERE heavier < {config.max_pairs}""",
+        sums AS (SELECT weight, CAST(sum(size) OVER (ORDER BY weight DESC) AS BIGINT) AS as_heavy FROM sizes)
+        SELECT coalesce(min(weight) FILTER (WHERE as_heavy <= {config.max_pairs}), max(weight), 0) AS weight
+        FROM sums""",
     )["weight"]
     pairs = engine.fetch(f"SELECT a, b, weight FROM pairs WHERE weight >= {lightest} ORDER BY a, b")
     engine.drop("pairs")

@@ -111,7 +111,7 @@ def spark_engine(config: FeaturesConfig) -> Iterator[SparkEngine]:
     if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
         raise ValueError("engine spark needs Java 17 or later; install it, or set JAVA_HOME")
     settings = SparkConf()
-    given = dict(config.spark)
+    given = {name: str(value) for name, value in config.spark.items()}
     if config.memory_limit:
         given.setdefault("spark.driver.memory", f"{parse_memory(config.memory_limit) // 2**20}m")
     here = not settings.contains("spark.master") and "spark.master" not in given

@@ -42,8 +42,8 @@ class Engine(Protocol):
         """Free tables."""
 
     def write_parts(self, query: str, parts: int, write: Callable[[Iterable[pa.RecordBatch]], None]) -> None:
-        """Hand the rows of a query with BIGINT columns part (0 … parts − 1), user and n to `write`, in this order.
-        It may be called in other processes, each time with all rows of some parts."""
+        """Hand the rows of a query with columns part (INTEGER, 0 … parts − 1), user and n to `write`, in this order. It
+        may be called in other processes, each time with all rows of some parts."""
 
 
 class DuckEngine:

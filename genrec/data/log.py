@@ -123,7 +123,8 @@ def kept_events(config: FeaturesConfig, vocabulary: Vocabulary) -> str:
         joins += f" LEFT JOIN context_values_{k} c{k} ON l.context_{k} = c{k}.value"
         ids += f", coalesce(c{k}.id, 0) AS context_{k}"
     return f"""
-        SELECT l.user // {config.rows_per_file} AS part, l.user, l.n, l.user_id, l.rating, l.time, {ids}
+        SELECT CAST(l.user // {config.rows_per_file} AS INTEGER) AS part,
+            l.user, l.n, l.user_id, l.rating, l.time, {ids}
         FROM log l {joins}
         WHERE l.back <= {config.max_events}"""
 

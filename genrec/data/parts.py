@@ -53,7 +53,7 @@ class SequenceParts:
         pending: list[pa.RecordBatch] = []
         current = None
         for batch in batches:
-            part, user = batch["part"].to_numpy(), batch["user"].to_numpy()
+            part, user = batch["part"].to_numpy().astype(np.int64), batch["user"].to_numpy()
             piece = np.stack([part, (user - part * self.rows_per_file) // users_at_once])
             changes = np.flatnonzero((np.diff(piece) != 0).any(axis=0)) + 1
             for begin, end in pairwise([0, *changes.tolist(), len(batch)]):

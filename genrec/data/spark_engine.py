@@ -78,7 +78,7 @@ class SparkEngine:
 
         with _one_sentence():
             # Every part as a whole in one partition, sorted on disk where memory does not suffice.
-            events = self._sql(query).repartition(parts, "part").sortWithinPartitions("part", "user", "n")
+            events = self._sql(query).repartitionById(parts, "part").sortWithinPartitions("part", "user", "n")
             events.mapInArrow(written, "done boolean").collect()
 
     def _sql(self, query: str) -> Any:

@@ -6,7 +6,6 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from genrec.data.catalogue import load_catalogue
 from genrec.data.config import FeaturesConfig
@@ -57,7 +56,7 @@ def test_kinds(write, build, read_back, kind):
         text = "".join(f'{{"user":"{u}","item":"{i}","rating":{r},"time":{t}}}\n' for u, i, r, t in rows)
     content = text.replace(",", "\t") if kind == "tsv" else text
     content = gzip.compress(content.encode()) if kind.endswith("gz") else content
-    content = zstandard.compress(content.encode()) if kind.endswith("zst") else content
+    content = pa.compress(content.encode(), "zstd", asbytes=True) if kind.endswith("zst") else content
     folder = write({f"log.{kind}": content})
     if kind == "parquet":
         users, items, ratings, times = zip(*rows, strict=True)

@@ -88,4 +88,4 @@ def _pairs(pl: ModuleType, log: Frame, items: int, config: FeaturesConfig) -> di
     runs = pl.concat(keys).sort().rle().struct
     pair, distance = np.divmod(runs.field("value").to_numpy(), sizes[1])
     a, b = np.divmod(pair, sizes[0])
-    return {"a": a, "b": b, "distance": distance, "count": runs.field("len").to_numpy()}
+    return {"a": a, "b": b, "weight": runs.field("len").to_numpy() / distance}

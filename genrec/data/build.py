@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +12,20 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from genrec.data.catalogue import save_catalogue
 from genrec.data.config import FeaturesConfig
+from genrec.data.engine import DuckEngine, Engine, local_database
 from genrec.data.files import atomic_directory
+from genrec.data.formats import open_sources
+from genrec.data.inputs import find_files
 from genrec.data.item_features import item_features
 from genrec.data.lines import Malformed
-from genrec.data.log import LogCounts, build_vocabulary, count_pairs, cut_log, order_log, read_users
-from genrec.data.readers import LogColumns, read_events, read_items
-from genrec.data.sequences import to_table
+from genrec.data.log import LogCounts, build_vocabulary, count_pairs, kept_events, order_log
+from genrec.data.parts import SequenceParts
+from genrec.data.readers import LogColumns, choose_log_columns, first_malformed, read_items, report_malformed
 from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue
 
@@ -30,22 +33,31 @@ from genrec.interfaces import Catalogue
 def build_features(config: FeaturesConfig) -> dict[str, Any]:
     """Read the log and the item file, write `config.out` (see docs/data.md) and return its summary.json.
 
-    Raises ValueError, FileNotFoundError or FileExistsError with one sentence; nothing is left behind then.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError with one sentence; nothing is left behind then.
     """
     malformed = Malformed(config.max_malformed)
-    inputs = [path for path in (config.events, config.items) if path]
-    with atomic_directory(config.out, config.overwrite, inputs) as directory, _database(config) as connection:
-        with _step(f"reading {config.events}"):
-            columns = read_events(connection, config, malformed)
-            read_items(connection, config, columns.item, malformed)
-        with _step("ordering and counting events"):
-            counts = order_log(connection, config)
-            vocabulary = build_vocabulary(connection, config, columns)
-            cut_log(connection, config, vocabulary)
-        with _step("writing sequences"):
-            _write_sequences(connection, config, vocabulary, counts.users, directory)
-        with _step(f"making features of {vocabulary.items:,} items"):
-            save_catalogue(directory, _catalogue(connection, config))
+    files, item_files = find_files(config.events), find_files(config.items) if config.items else []
+    inputs = [file.path for file in (*files, *item_files)]
+    with atomic_directory(config.out, config.overwrite, inputs) as directory:
+        with local_database(config) as connection, _engine(config, connection) as engine:
+            with _step(f"reading {config.events_name}"):
+                sources = open_sources(files)
+                columns = choose_log_columns(config, sources[0])
+                engine.read_events(sources, columns)
+                report_malformed(engine.fetch(first_malformed("parsed")), files, malformed)
+                read_items(connection, config, columns.item, malformed)
+                if config.include_unseen:
+                    engine.put("described_items", connection.sql("SELECT item FROM item_file").to_arrow_table())
+            with _step("ordering and counting events"):
+                counts = order_log(engine, config, columns)
+                vocabulary = build_vocabulary(engine, config, columns)
+                items = _items(engine, connection, config)
+            with _step("writing sequences"):
+                _write_sequences(engine, config, vocabulary, counts.users, directory)
+            with _step("counting pairs of items"):
+                pairs = count_pairs(engine, config) if config.cooccurrence_dim else None
+        with _step(f"making features of {vocabulary.items:,} items"):  # in the memory that the engine gave back
+            save_catalogue(directory, _catalogue(items, pairs, config))
         vocabulary.save(directory)
         summary = _summary(config, columns, counts, vocabulary, malformed)
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
@@ -54,48 +66,54 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB in memory, spilling into a directory of its own."""
-    with tempfile.TemporaryDirectory(prefix="genrec-features-") as spill:
-        settings = {"temp_directory": spill, "threads": config.threads, "memory_limit": config.memory_limit}
-        try:
-            connection = duckdb.connect(config={name: value for name, value in settings.items() if value is not None})
-        except duckdb.Error as error:
-            raise ValueError(
-                f"memory_limit is {config.memory_limit!r}; expected a size such as 2GB ({error})"
-            ) from None
-        with connection:
-            try:
-                yield connection
-            except duckdb.OutOfMemoryException:
-                limit = config.memory_limit or "80 % of the machine's memory"
-                raise OSError(f"DuckDB needs more memory than memory_limit allows, {limit}; raise it") from None
+def _engine(config: FeaturesConfig, connection: duckdb.DuckDBPyConnection) -> Iterator[Engine]:
+    if config.engine == "duckdb":
+        yield DuckEngine(connection)
+        return
+    from genrec.data.spark_engine import spark_engine  # pyspark is an extra
+
+    with spark_engine(config) as engine:
+        yield engine
 
 
 def _write_sequences(
-    connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, vocabulary: Vocabulary, users: int, directory: Path
+    engine: Engine, config: FeaturesConfig, vocabulary: Vocabulary, users: int, directory: Path
 ) -> None:
-    (directory / "sequences").mkdir()
-    starts = range(0, users, config.rows_per_file)
-    for part, first in enumerate(starts):
-        sequences = read_users(connection, vocabulary, first, min(first + config.rows_per_file, users))
-        path = directory / "sequences" / f"part-{part:05d}-of-{len(starts):05d}.parquet"
-        pq.write_table(to_table(sequences), path, compression="zstd")
+    folder = (directory / "sequences").resolve()
+    folder.mkdir()
+    parts = SequenceParts(folder, config.format, vocabulary, users, config.rows_per_file, config.max_events)
+    engine.write_parts(kept_events(config, vocabulary), parts.count, parts.write)
 
 
-def _catalogue(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> Catalogue:
-    rows = connection.execute("""
-        SELECT items.item, coalesce(nullif(title, ''), items.item), coalesce(text, ''), count
-        FROM items LEFT JOIN item_file USING (item) ORDER BY index""").fetchall()
-    item_ids, titles, texts, counts = zip(*rows, strict=True)
-    pairs = count_pairs(connection, config)
+def _items(engine: Engine, connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> pa.Table:
+    """item, title, text and count of every item of the vocabulary, in the order of their index."""
+    connection.register("known_items", engine.fetch("SELECT item, index, seen, count FROM items"))
+    if config.items:
+        _require_common_items(connection, config)
+    return connection.sql("""
+        SELECT k.item, coalesce(nullif(title, ''), k.item) AS title, coalesce(text, '') AS text, count
+        FROM known_items k LEFT JOIN item_file f ON k.item = f.item ORDER BY index""").to_arrow_table()
+
+
+def _catalogue(items: pa.Table, pairs: dict[str, NDArray[Any]] | None, config: FeaturesConfig) -> Catalogue:
+    texts = items["text"].to_pylist()
     features = item_features(texts, pairs, config.text_dim, config.cooccurrence_dim, config.text_encoder, config.seed)
     return Catalogue(
-        item_ids=np.array(["", *item_ids], dtype=np.object_),
-        titles=np.array(["", *titles], dtype=np.object_),
-        counts=np.array([0, *counts], dtype=np.int64),
+        item_ids=np.array(["", *items["item"].to_pylist()], dtype=np.object_),
+        titles=np.array(["", *items["title"].to_pylist()], dtype=np.object_),
+        counts=np.array([0, *items["count"].to_pylist()], dtype=np.int64),
         features=features,
     )
+
+
+def _require_common_items(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> None:
+    ((common, described, seen),) = connection.execute("""
+        SELECT count(*) FILTER (WHERE seen > 0 AND item IN (SELECT item FROM item_file)),
+            (SELECT min(item) FROM item_file), min(item) FILTER (WHERE seen > 0) FROM known_items""").fetchall()
+    if not common:
+        raise ValueError(
+            f"{config.items_name} describes no item of the log: it has items such as {described!r}, the log {seen!r}"
+        )
 
 
 def _summary(

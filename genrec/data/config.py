@@ -11,13 +11,15 @@ from typing import Any, Literal
 class FeaturesConfig:
     """What to read, what to keep and what to make of it."""
 
-    events: Path
-    """The event log: .csv, .tsv, .jsonl, RecBole .inter, X.inter.json (user → items in time order), or .txt with one
-    line a user (user item item …)."""
+    events: list[Path] | Path
+    """The event log: .csv, .tsv, .jsonl, .parquet, RecBole .inter, X.inter.json (user → items in time order), or .txt
+    with one line a user (user item item …), text also .gz or .zst; one file, a list, a glob, or a directory, whose
+    folders such as day=2024-01-01 become columns."""
     out: Path
     """Directory to write."""
-    items: Path | None = None
-    """The item file (.csv, .tsv, .jsonl, RecBole .item or X.item.json); without it items have no text."""
+    items: list[Path] | Path | None = None
+    """The item file or files (.csv, .tsv, .jsonl, .parquet, RecBole .item or X.item.json), given as the events are;
+    without them items have no text."""
     overwrite: bool = False
     """Replace `out` if it holds something."""
     user: str | None = None
@@ -57,31 +59,63 @@ class FeaturesConfig:
     text_encoder: Literal["tfidf", "minilm"] = "tfidf"
     """tfidf: word 1–2-grams and SVD. minilm: sentence embeddings and SVD, needs pip install 'genrec[text]'."""
     window: int = 5
-    """Two events this close in a history co-occur, with weight 1 / distance."""
+    """Two events this close in a history co-occur, with weight 1 / distance; at most 20."""
+    max_pairs: int = 5_000_000
+    """Most pairs of items that co-occurrence features are made of, those that weigh most; this bounds their memory."""
     seed: int = 0
     """Seed of the randomised SVD."""
     rows_per_file: int = 100_000
-    """Users per Parquet file."""
+    """Users per file of sequences."""
+    format: Literal["parquet", "tfrecord", "tfrecord.gz"] = "parquet"
+    """Files of sequences: Parquet, which genrec reads, or one tf.train.Example a user, for other loaders."""
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """What runs the pipeline: DuckDB here, or Spark, here or on a cluster (pip install 'genrec[spark]', and Java 17).
+    The output does not depend on it."""
+    spark: dict[str, str | int] = field(default_factory=dict)
+    """Settings of Spark, such as {spark.master: yarn}; without a master, here or from spark-submit, it runs here."""
     threads: int | None = None
-    """Threads of DuckDB; all if not given. The output does not depend on it."""
+    """Threads of DuckDB, or of Spark where it runs here; all if not given. The output does not depend on it."""
     memory_limit: str | None = None
-    """Memory DuckDB may take before it spills to disk, such as 2GB; 80 % of the machine's if not given."""
+    """Memory the process may take before it spills to disk, such as 1GB, with Spark that of its driver; 80 % of the
+    machine's for DuckDB if not given."""
 
     def __post_init__(self) -> None:
         least = {"max_malformed": 0, "min_events": 1, "max_events": 1, "min_count": 1, "holdout": 0}
         least |= {"rating_buckets": 1, "text_dim": 0, "cooccurrence_dim": 0, "window": 1, "rows_per_file": 1}
+        least |= {"max_pairs": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
         if self.text_dim + self.cooccurrence_dim == 0:
             raise ValueError("text_dim and cooccurrence_dim are both 0; expected at least one feature dimension")
+        if self.window > 20:
+            raise ValueError(f"window is {self.window}; expected at most 20")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; expected at least 1")
 
+    @property
+    def events_name(self) -> str:
+        """The input as messages call it."""
+        return ", ".join(map(str, _listed(self.events)))
+
+    @property
+    def items_name(self) -> str:
+        """The item file as messages call it, empty if there is none."""
+        return ", ".join(map(str, _listed(self.items)))
+
     def to_json(self) -> dict[str, Any]:
         """The settings that decide the output: file names without folders, nothing about this machine."""
-        settings = asdict(self) | {"events": self.events.name, "items": self.items.name if self.items else None}
+        settings = asdict(self) | {"events": _names(self.events), "items": _names(self.items)}
         return {name: value for name, value in settings.items() if name not in _NOT_CONTENT}
 
 
-_NOT_CONTENT = {"out", "overwrite", "threads", "memory_limit"}
+_NOT_CONTENT = {"out", "overwrite", "engine", "spark", "threads", "memory_limit"}
+
+
+def _listed(paths: list[Path] | Path | None) -> list[Path]:
+    return [] if paths is None else [paths] if isinstance(paths, Path) else list(paths)
+
+
+def _names(paths: list[Path] | Path | None) -> list[str] | str | None:
+    names = [path.name for path in _listed(paths)]
+    return names if isinstance(paths, list) else next(iter(names), None)

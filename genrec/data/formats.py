@@ -1,4 +1,4 @@
-"""Files of every accepted format as tables of DuckDB with one list of strings per record.
+"""Files of every accepted format as something that DuckDB can read: a header, the records, and SQL for their fields.
 
 The ending of the file name decides the format. Delimited files and JSON lines are split inside DuckDB; the formats that
 are one JSON object are read whole.
@@ -7,7 +7,8 @@ are one JSON object are read whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from genrec.data.lines import LINE_SCHEMA, first_record, read_header, read_lines, sniff_delimiter
+from genrec.data.inputs import COMPRESSIONS, InputFile
+from genrec.data.lines import LINE_SCHEMA, first_record, read_bytes, read_header, read_lines, sniff_delimiter
 
 _KEYS_FROM_LINES = 1000  # JSON lines may leave keys out: the columns are the keys of this many first lines
 
@@ -24,46 +27,80 @@ _KEYS_FROM_LINES = 1000  # JSON lines may leave keys out: the columns are the ke
 @dataclass(frozen=True)
 class Source:
     """A file on its way into DuckDB. `query`, over the registered view `input`, gives line BIGINT, text VARCHAR,
-    problem VARCHAR (NULL if the record can be used) and fields VARCHAR[], one per column. It can be run once."""
+    problem VARCHAR (NULL if the record can be used) and what `fields` takes its columns from."""
 
-    path: Path
-    columns: list[str]
+    file: InputFile
+    fields: dict[str, str]  # column → SQL, VARCHAR, empty or NULL if the record leaves it out
+    data: Callable[[], pa.Table | Iterator[pa.RecordBatch]] | None  # what to register as `input`
     query: str
-    failures: list[ValueError]  # what ended the reading of a file that is not text
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.fields)
 
     def field(self, column: str | None) -> str:
         """SQL for the value of a column, NULL if it is absent or empty."""
-        return "NULL::VARCHAR" if column is None else f"nullif(fields[{self.columns.index(column) + 1}], '')"
+        return "NULL::VARCHAR" if column is None else f"nullif({self.fields[column]}, '')"
 
-    def execute(self, connection: duckdb.DuckDBPyConnection, statement: str) -> None:
-        """Run a statement that contains the query. ValueError says in its own words why the file cannot be read."""
+    @contextmanager
+    def registered(self, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """While the block runs, `query` can be used once. ValueError says why a file cannot be read."""
+        failures: list[ValueError] = []
         try:
-            connection.execute(statement)
-        except duckdb.Error:
-            if self.failures:
-                raise self.failures[0] from None
+            data = self.data() if self.data else None
+            if data is not None and not isinstance(data, pa.Table):
+                data = pa.RecordBatchReader.from_batches(LINE_SCHEMA, _remember_failure(data, failures))
+            if data is not None:
+                connection.register("input", data)
+            yield
+        except UnicodeEncodeError:  # JSON can escape what no text can hold
+            expected = "half of a surrogate pair (\\ud800 … \\udfff); expected text"
+            raise ValueError(f"{self.file.path} holds {expected}") from None
+        except (duckdb.Error, pa.ArrowException, OSError):
+            if failures:
+                raise failures[0] from None
             raise
 
 
-def open_source(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
-    """Register `path` as the view `input`. Raises FileNotFoundError, IsADirectoryError, or ValueError for a name that
-    tells no format and for content that is not that format at all."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; expected a file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+def open_sources(files: Sequence[InputFile]) -> list[Source]:
+    """The files of one input, all with the same columns; those of JSON lines, which may leave keys out, are united.
+
+    Raises ValueError for a name that tells no format, for content that is not that format at all, and for a file whose
+    columns are not those of the first.
+    """
+    sources = [open_source(file) for file in files]
+    if all(_reader_of(source.file) is _read_json_lines for source in sources):
+        columns = list(dict.fromkeys(column for source in sources for column in source.columns))
+        return [open_source(source.file, columns) if source.columns != columns else source for source in sources]
+    for source in sources:
+        if set(source.columns) != set(sources[0].columns):
+            raise ValueError(
+                f"{source.file.path} has the columns {', '.join(source.columns)}; expected those of "
+                f"{sources[0].file.path}: {', '.join(sources[0].columns)}"
+            )
+    return sources
+
+
+def open_source(file: InputFile, columns: Sequence[str] | None = None) -> Source:
+    """One file; `columns` are those that JSON lines may have, if they are known. Errors as `open_sources`."""
+    reader = _reader_of(file)
+    if columns is not None:
+        columns = [column for column in columns if column not in file.partition]
+    names, data, query = reader(file.path, columns) if reader is _read_json_lines else reader(file.path)
+    fields = dict(names) if isinstance(names, dict) else {name: f"fields[{i}]" for i, name in enumerate(names, 1)}
+    for column, value in file.partition.items():
+        if column in fields:
+            raise ValueError(f"{file.path}: column {column!r} is in the file and in the name of its folder")
+        fields[column] = _literal(value)
+    return Source(file, fields, data, query)
+
+
+def _reader_of(file: InputFile) -> Callable[..., _Parts]:
     for ending, reader in _READERS.items():
-        if path.name.lower().endswith(ending):
-            try:
-                columns, data, query = reader(path)
-            except UnicodeEncodeError:  # JSON can escape what no text can hold
-                raise ValueError(f"{path} holds half of a surrogate pair (\\ud800 … \\udfff); expected text") from None
-            source = Source(path, columns, query, failures=[])
-            if not isinstance(data, pa.Table):
-                data = pa.RecordBatchReader.from_batches(LINE_SCHEMA, _remember_failure(data, source.failures))
-            connection.register("input", data)
-            return source
-    raise ValueError(f"{path} has an unknown format; expected a name ending in one of {', '.join(_READERS)}")
+        if file.plain_name.endswith(ending):
+            return reader
+    expected = f"{', '.join(_READERS)}, or one of these and {' or '.join(COMPRESSIONS)}"
+    raise ValueError(f"{file.path} has an unknown format; expected a name ending in one of {expected}")
 
 
 def _remember_failure(batches: Iterator[pa.RecordBatch], failures: list[ValueError]) -> Iterator[pa.RecordBatch]:
@@ -75,7 +112,32 @@ def _remember_failure(batches: Iterator[pa.RecordBatch], failures: list[ValueErr
         raise
 
 
-_Parts = tuple[list[str], pa.Table | Iterator[pa.RecordBatch], str]  # columns, input, query
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# columns (for Parquet with the SQL of their values), input, query
+_Parts = tuple[list[str] | dict[str, str], Callable[[], pa.Table | Iterator[pa.RecordBatch]] | None, str]
+
+
+def _read_parquet(path: Path) -> _Parts:
+    """Values as text, as a CSV file would have them; timestamps as microseconds, dates as their first second."""
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} is not a readable Parquet file") from None
+    values = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        value = 'columns."' + name.replace('"', '""') + '"'
+        if pa.types.is_timestamp(kind):
+            value = f"epoch_us({value})"
+        elif pa.types.is_date(kind):
+            value = f"epoch({value})::BIGINT"
+        values.append(f"{value}::VARCHAR")
+    named = "".join(f", {value} AS field_{i}" for i, value in enumerate(values))
+    query = f"""SELECT file_row_number + 1 AS line, NULL::VARCHAR AS text, NULL::VARCHAR AS problem{named}
+        FROM read_parquet({_literal(str(path))}, file_row_number = true, hive_partitioning = false) AS columns"""
+    return {name: f"field_{i}" for i, name in enumerate(schema.names)}, None, query
 
 
 def _read_csv(path: Path) -> _Parts:
@@ -98,14 +160,14 @@ def _read_quoted(path: Path, delimiter: str) -> _Parts:
     stray = (
         f"""CASE WHEN contains(text, '"') THEN array_to_string({pieces}, '') <> '{delimiter}' || text ELSE false END"""
     )
-    return columns, read_lines(path, quoted_by=delimiter, skip=1), _split_query(split, stray, len(columns))
+    return columns, lambda: read_lines(path, quoted_by=delimiter, skip=1), _split_query(split, stray, len(columns))
 
 
 def _read_recbole(path: Path) -> _Parts:
     """RecBole's atomic files: tab separated, never quoted, headers `name:type`."""
     columns = read_header(path, "\t", quoting=False)
     query = _split_query("string_split(text, '\t')", "false", len(columns))
-    return [column.rsplit(":", 1)[0] for column in columns], read_lines(path, skip=1), query
+    return [column.rsplit(":", 1)[0] for column in columns], lambda: read_lines(path, skip=1), query
 
 
 def _split_query(split: str, stray: str, columns: int) -> str:
@@ -118,16 +180,16 @@ def _split_query(split: str, stray: str, columns: int) -> str:
             END AS problem, fields FROM split"""
 
 
-def _read_json_lines(path: Path) -> _Parts:
-    columns = _json_keys(path)
+def _read_json_lines(path: Path, columns: list[str] | None = None) -> _Parts:
+    columns = _json_keys(path) if columns is None else columns
     pointers = ["/" + column.replace("~", "~0").replace("/", "~1") for column in columns]
-    listed = ", ".join("'" + pointer.replace("'", "''") + "'" for pointer in pointers)
+    listed = ", ".join(map(_literal, pointers))
     query = f"""
         WITH stripped AS (SELECT line, rtrim(text, e'\\r\\n') AS text FROM input),
         checked AS (SELECT *, json_valid(text) AND starts_with(ltrim(text, e' \\t'), '{{') AS usable FROM stripped)
         SELECT line, text, CASE WHEN NOT usable THEN 'is not a JSON object' END AS problem,
             CASE WHEN usable THEN json_extract_string(text, [{listed}]) END AS fields FROM checked"""
-    return columns, read_lines(path), query
+    return columns, lambda: read_lines(path), query
 
 
 def _json_keys(path: Path) -> list[str]:
@@ -157,7 +219,7 @@ def _read_text_lists(path: Path) -> _Parts:
         pairs AS (SELECT line, user, unnest(items) AS item, generate_subscripts(items, 1) AS place FROM lists)
         SELECT row_number() OVER (ORDER BY line, place) AS line, user AS text, NULL::VARCHAR AS problem,
             [user, item] AS fields FROM pairs"""
-    return ["user", "item"], read_lines(path), query
+    return ["user", "item"], lambda: read_lines(path), query
 
 
 def _read_user_lists(path: Path) -> _Parts:
@@ -168,7 +230,7 @@ def _read_user_lists(path: Path) -> _Parts:
             records += [_user_event(user, item) for item in items]
         else:
             records.append((None, f"gives user {user!r} no list of items", str(items)[:120]))
-    return ["user", "item"], _as_table(records), "FROM input"
+    return ["user", "item"], lambda: _as_table(records), "FROM input"
 
 
 def _user_event(user: str, item: object) -> _Record:
@@ -189,7 +251,7 @@ def _read_item_object(path: Path) -> _Parts:
             records.append(([item, *(_plain_text(values.get(key)) for key in columns)], None, item))
         else:
             records.append((None, f"gives item {item!r} no object", str(values)[:120]))
-    return ["item_id", *columns], _as_table(records), "FROM input"
+    return ["item_id", *columns], lambda: _as_table(records), "FROM input"
 
 
 class _RepeatedKeyError(Exception):
@@ -206,7 +268,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _load_object(path: Path, shape: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        value = json.loads(read_bytes(path), object_pairs_hook=_unique_keys)
     except _RepeatedKeyError as error:
         raise ValueError(f"{path} has the key {error.args[0]!r} twice; expected one object {shape}") from None
     except UnicodeDecodeError:
@@ -242,7 +304,7 @@ def _as_table(records: list[_Record]) -> pa.Table:
     )
 
 
-_READERS: dict[str, Callable[[Path], _Parts]] = {
+_READERS: dict[str, Callable[..., _Parts]] = {
     ".inter.json": _read_user_lists,
     ".item.json": _read_item_object,
     ".csv": _read_csv,
@@ -253,4 +315,5 @@ _READERS: dict[str, Callable[[Path], _Parts]] = {
     ".inter": _read_recbole,
     ".item": _read_recbole,
     ".txt": _read_text_lists,
+    ".parquet": _read_parquet,
 }

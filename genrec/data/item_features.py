@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 def item_features(
     texts: Sequence[str],
-    pairs: dict[str, NDArray[np.int64]],
+    pairs: dict[str, NDArray[Any]] | None,
     text_dim: int = 128,
     cooccurrence_dim: int = 128,
     text_encoder: str = "tfidf",
@@ -23,13 +24,14 @@ def item_features(
 ) -> NDArray[np.float32]:
     """(N + 1, text_dim + cooccurrence_dim) features of items 1 … N, row 0 zero.
 
-    texts (N,) of items 1 … N; pairs: a, b, distance, count as `count_pairs` gives them. Where one source has nothing to
-    say about any item, the other takes all dimensions. An item with nothing to say in a half is zero there.
+    texts (N,) of items 1 … N; pairs: a, b, weight as `count_pairs` gives them, None if they are not wanted. Where one
+    source has nothing to say about any item, the other takes all dimensions. An item with nothing to say in a half is
+    zero there.
     Raises ValueError if neither source has anything.
     """
     dim = text_dim + cooccurrence_dim
     words = _encode(texts, text_encoder) if text_dim else None
-    together = _ppmi(pairs, len(texts)) if cooccurrence_dim and len(pairs["a"]) else None
+    together = _ppmi(pairs, len(texts)) if cooccurrence_dim and pairs is not None and len(pairs["a"]) else None
     if words is None and together is None:
         raise ValueError(
             "items have no text and no two of them are consumed close together; give an item file with text"
@@ -82,20 +84,22 @@ def _minilm(texts: Sequence[str]) -> NDArray[np.float64]:
     return np.asarray(vectors, dtype=np.float64)
 
 
-def _ppmi(pairs: dict[str, NDArray[np.int64]], items: int) -> sparse.csr_matrix:
-    """Positive pointwise mutual information (N, N), pairs weighted by 1 / distance, contexts smoothed by the power 0.75
-    (Levy, Goldberg and Dagan 2015)."""
-    weights = pairs["count"] / pairs["distance"]
-    a, b = pairs["a"] - 1, pairs["b"] - 1
-    rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
-    matrix = sparse.csr_matrix((np.tile(weights, 2), (rows, columns)), shape=(items, items))
+def _ppmi(pairs: dict[str, NDArray[Any]], items: int) -> sparse.csr_matrix:
+    """Positive pointwise mutual information (N, N) of pairs by their weight, in whatever unit, contexts smoothed by the
+    power 0.75 (Levy, Goldberg and Dagan 2015)."""
+    places = (pairs["a"] - 1, pairs["b"] - 1)
+    half = sparse.csr_matrix((pairs["weight"].astype(np.float64), places), shape=(items, items))
+    matrix = half + half.T
+    del half, places  # there may be many pairs: the rest happens in place
     item_weight = np.asarray(matrix.sum(axis=1)).ravel()
     context_share = item_weight**0.75 / (item_weight**0.75).sum()
-    matrix = matrix.tocoo()
-    information = np.log(matrix.data / (item_weight[matrix.row] * context_share[matrix.col]))
-    positive = information > 0
-    kept = (information[positive], (matrix.row[positive], matrix.col[positive]))
-    return sparse.csr_matrix(kept, shape=(items, items))
+    by_chance = np.repeat(item_weight, np.diff(matrix.indptr))
+    by_chance *= context_share[matrix.indices]
+    matrix.data /= by_chance
+    np.log(matrix.data, out=matrix.data)
+    np.maximum(matrix.data, 0, out=matrix.data)
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def _truncated_svd(

@@ -1,17 +1,20 @@
-"""The log inside DuckDB: ordered, counted, cut, and read back as arrays in bounded pieces."""
+"""The log as tables of an engine: ordered, counted, numbered and cut. The one definition of what the features are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
+from typing import Any
 
-import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
 from genrec.data.config import FeaturesConfig
-from genrec.data.readers import LogColumns, one_row
-from genrec.data.vocabulary import GAP_EDGES, Vocabulary, encode_events, rating_edges
-from genrec.interfaces import EventSequences
+from genrec.data.engine import Engine
+from genrec.data.readers import LogColumns
+from genrec.data.vocabulary import GAP_EDGES, Vocabulary, rating_edges
+
+_PLACES_PER_BUCKET = 20  # bits
 
 
 @dataclass(frozen=True)
@@ -25,85 +28,92 @@ class LogCounts:
     cut_events: int  # older than the last max_events
 
 
-def order_log(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> LogCounts:
-    """From `events` make `users` (user, number, events) and `log` (user number, n, back, …): n counts a user's events
-    from 0 in the order of time and then of the file, back counts from the end, 1 is the last. Users are numbered in the
-    order in which the file first mentions them. `events` is dropped.
+def order_log(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> LogCounts:
+    """From `parsed` make `log` (user number, user_id, item, rating, time, action, context_0 …, n, back): n counts a
+    user's events from 0 in the order of time and then of the files, back counts from the end, 1 is the last; time in
+    seconds, user_id only with the first event that is kept. Users are numbered in the order in which the files first
+    mention them. `parsed` is dropped.
 
-    Raises ValueError if no user has min_events.
+    Raises ValueError if no event can be used or no user has min_events.
     """
-    connection.execute(
-        "CREATE TABLE all_users AS SELECT user, count(*) AS events, min(line) AS line FROM events GROUP BY user"
+    engine.create(
+        "all_users",
+        "SELECT user, count(*) AS events, min(place) AS place FROM parsed WHERE problem IS NULL GROUP BY user",
     )
-    connection.execute(f"""
-        CREATE TABLE users AS SELECT user, row_number() OVER (ORDER BY line) - 1 AS number, events
-        FROM all_users WHERE events >= {config.min_events}""")
-    unit = _ticks_per_second(connection)
-    connection.execute(f"""
-        CREATE TABLE log AS
-        SELECT u.number AS user, e.* EXCLUDE (user, line) REPLACE (e.time // {unit} AS time),
-            row_number() OVER (PARTITION BY u.number ORDER BY e.time, e.line) - 1 AS n, u.events - n AS back
-        FROM events e JOIN users u USING (user)""")
-    connection.execute("DROP TABLE events")
-    dropped_users, dropped_events, longest = one_row(
-        connection,
+    counts = _count_users(engine, config)
+    # Numbered within buckets of places, so that no machine has to sort all users.
+    engine.create(
+        "users",
         f"""
-        SELECT count(*), coalesce(sum(events), 0)::BIGINT, (SELECT max(events) FROM all_users)
-        FROM all_users WHERE events < {config.min_events}""",
+        WITH usual AS (
+            SELECT user, events, place, place >> {_PLACES_PER_BUCKET} AS bucket FROM all_users
+            WHERE events >= {config.min_events}),
+        sizes AS (SELECT bucket, count(*) AS size FROM usual GROUP BY bucket),
+        buckets AS (SELECT bucket, CAST(sum(size) OVER (ORDER BY bucket) AS BIGINT) - size AS before FROM sizes)
+        SELECT user, events, before + row_number() OVER (PARTITION BY bucket ORDER BY place) - 1 AS number
+        FROM usual JOIN buckets USING (bucket)""",
     )
-    users, events, kept = one_row(
-        connection,
+    names = ["action", *(f"context_{i}" for i in range(len(columns.context)))]
+    others = "".join(f", {name}" for name in names)
+    engine.create(
+        "log",
         f"""
-        SELECT count(*), coalesce(sum(events), 0)::BIGINT, coalesce(sum(least(events, {config.max_events})), 0)::BIGINT
-        FROM users""",
+        WITH numbered AS (
+            SELECT u.number, u.events, p.* FROM parsed p JOIN users u USING (user) WHERE p.problem IS NULL),
+        ordered AS (
+            SELECT *, CAST(row_number() OVER (PARTITION BY number ORDER BY time, place) - 1 AS BIGINT) AS n
+            FROM numbered)
+        SELECT number AS user, item, rating, time // {_ticks_per_second(engine)} AS time{others}, n, events - n AS back,
+            CASE WHEN n = greatest(events - {config.max_events}, 0) THEN user END AS user_id
+        FROM ordered""",
     )
-    if not users:
-        raise ValueError(f"no user has min_events = {config.min_events} events; the longest history has {longest}")
-    return LogCounts(users, dropped_users, dropped_events, events=kept, cut_events=events - kept)
+    engine.drop("parsed", "all_users", "users")
+    return counts
 
 
-def build_vocabulary(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, columns: LogColumns) -> Vocabulary:
-    """Count `log` and make the tables `items` (item, index, count), `actions` and `context_values_0` … (value, id).
+def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> Vocabulary:
+    """Count `log` and make the tables `items` (item, index, seen, count), `actions` and `context_values_0` … (value,
+    id).
 
     Items are numbered by falling count of the events outside the holdout, then by id; actions and context values by
-    falling count, then by name.
+    falling count, then by name. With include_unseen, items of table `described_items` that the log never mentions
+    follow.
     """
-    unseen = "UNION ALL SELECT item, 0, 0 FROM item_file ANTI JOIN log USING (item)" if config.include_unseen else ""
-    connection.execute(f"""
-        CREATE TABLE items AS
+    unseen = (
+        "UNION ALL SELECT item, 0, 0 FROM described_items ANTI JOIN log USING (item)" if config.include_unseen else ""
+    )
+    engine.create(
+        "items",
+        f"""
         WITH counted AS (
-            SELECT item, count(*) AS seen, count(*) FILTER (back > {config.holdout}) AS count FROM log GROUP BY item
-            HAVING seen >= {config.min_count} {unseen})
-        SELECT item, count, row_number() OVER (ORDER BY count DESC, item)::INTEGER AS index FROM counted""")
-    size = one_row(connection, "SELECT count(*) FROM items")[0]
+            SELECT item, count(*) AS seen, count(*) FILTER (WHERE back > {config.holdout}) AS count FROM log
+            GROUP BY item HAVING count(*) >= {config.min_count} {unseen})
+        SELECT item, seen, count, CAST(row_number() OVER (ORDER BY count DESC, item) AS INTEGER) AS index
+        FROM counted""",
+    )
+    size = _one_row(engine, "SELECT count(*) AS items FROM items")["items"]
     if not size:
         raise ValueError(f"no item has min_count = {config.min_count} events; lower min_count")
-    names = _number_values(connection, "actions", "action", config.min_count) if columns.action else ()
+    names = _number_values(engine, "actions", "action", config.min_count) if columns.action else ()
     context = []
     first = 1
     for i, column in enumerate(columns.context):
-        values = _number_values(connection, f"context_values_{i}", f"context_{i}", config.min_count, first)
+        values = _number_values(engine, f"context_values_{i}", f"context_{i}", config.min_count, first)
         context.append((column, values))
         first += len(values)
-    ratings = (
-        {}
-        if names
-        else connection.execute(
-            "SELECT rating, count(*) AS count FROM log WHERE rating IS NOT NULL GROUP BY rating ORDER BY rating"
-        ).fetchnumpy()
-    )
     return Vocabulary(
         items=size,
         action_names=names,
-        rating_edges=rating_edges(ratings["rating"], ratings["count"], config.rating_buckets) if ratings else (),
+        rating_edges=() if names else _rating_edges(engine, config.rating_buckets),
         gap_edges=GAP_EDGES if columns.time else (),
         context=tuple(context),
         min_count=config.min_count,
     )
 
 
-def cut_log(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, vocabulary: Vocabulary) -> None:
-    """Make `kept`: the last max_events of every user, items, actions and context values as ids, in user order."""
+def kept_events(config: FeaturesConfig, vocabulary: Vocabulary) -> str:
+    """SQL for the last max_events of every user in `log`: part, user, n, user_id (with the first of them only), rating,
+    time, and item, action, context_0 … as ids."""
     joins = "LEFT JOIN items i ON l.item = i.item"
     ids = "coalesce(i.index, 0) AS item"
     if vocabulary.action_names:
@@ -112,57 +122,103 @@ def cut_log(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, vocab
     for k in range(len(vocabulary.context)):
         joins += f" LEFT JOIN context_values_{k} c{k} ON l.context_{k} = c{k}.value"
         ids += f", coalesce(c{k}.id, 0) AS context_{k}"
-    connection.execute(f"""
-        CREATE TABLE kept AS SELECT l.user, l.n, l.rating, l.time, {ids} FROM log l {joins}
-        WHERE l.back <= {config.max_events} ORDER BY l.user, l.n""")
+    return f"""
+        SELECT CAST(l.user // {config.rows_per_file} AS INTEGER) AS part,
+            l.user, l.n, l.user_id, l.rating, l.time, {ids}
+        FROM log l {joins}
+        WHERE l.back <= {config.max_events}"""
 
 
-def read_users(connection: duckdb.DuckDBPyConnection, vocabulary: Vocabulary, first: int, end: int) -> EventSequences:
-    """Sequences of the users numbered first … end − 1 out of `kept`."""
-    rows = connection.execute(
-        f"SELECT * FROM kept WHERE user >= {first} AND user < {end} ORDER BY user, n"
-    ).fetchnumpy()
-    users = connection.execute(
-        f"SELECT user FROM users WHERE number >= {first} AND number < {end} ORDER BY number"
-    ).fetchall()
-    per_user = np.bincount(rows["user"] - first, minlength=end - first)
-    return encode_events(
-        vocabulary,
-        user_ids=np.array([user for (user,) in users], dtype=np.object_),
-        cu_events=np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
-        item_ids=rows["item"].astype(np.int32),
-        ratings=np.ma.filled(rows["rating"].astype(np.float32), np.nan),
-        timestamps=np.ma.filled(rows["time"].astype(np.int64), 0) if vocabulary.gap_edges else None,
-        actions=rows["action"] if vocabulary.action_names else None,
-        context=[rows[f"context_{k}"] for k in range(len(vocabulary.context))],
+def count_pairs(engine: Engine, config: FeaturesConfig) -> dict[str, NDArray[Any]]:
+    """How much two different known items stand within `window` events outside the holdout: a < b, weight, which sums
+    lcm(1 … window) / distance, a whole number, so that its sum is exact in any order. Whole histories count, also what
+    max_events cuts. Rows are ordered. Of more than max_pairs the heaviest are kept, of equal ones all or none; those
+    that weigh most always are."""
+    whole = lcm(*range(1, config.window + 1))
+    before = ", ".join(
+        f"{{'item': lag(item, {k}) OVER (PARTITION BY user ORDER BY n), 'weight': {whole // k}}}"
+        for k in range(1, config.window + 1)
+    )
+    engine.create(
+        "pairs",
+        f"""
+        WITH known AS (
+            SELECT l.user, l.n, i.index AS item FROM log l LEFT JOIN items i ON l.item = i.item
+            WHERE l.back > {config.holdout}),
+        lagged AS (SELECT item, [{before}] AS others FROM known),
+        met AS (SELECT item, unnest(others) AS other FROM lagged)
+        SELECT least(item, other.item) AS a, greatest(item, other.item) AS b,
+            CAST(sum(other.weight) AS BIGINT) AS weight
+        FROM met WHERE item <> other.item GROUP BY least(item, other.item), greatest(item, other.item)""",
+    )
+    lightest = _one_row(
+        engine,
+        f"""
+        WITH sizes AS (SELECT weight, count(*) AS size FROM pairs GROUP BY weight),
+        sums AS (SELECT weight, CAST(sum(size) OVER (ORDER BY weight DESC) AS BIGINT) AS as_heavy FROM sizes)
+        SELECT coalesce(min(weight) FILTER (WHERE as_heavy <= {config.max_pairs}), max(weight), 0) AS weight
+        FROM sums""",
+    )["weight"]
+    pairs = engine.fetch(f"SELECT a, b, weight FROM pairs WHERE weight >= {lightest} ORDER BY a, b")
+    engine.drop("pairs")
+    return {name: pairs[name].to_numpy() for name in ("a", "b", "weight")}
+
+
+def _count_users(engine: Engine, config: FeaturesConfig) -> LogCounts:
+    kept, dropped = f"events >= {config.min_events}", f"events < {config.min_events}"
+    found = _one_row(
+        engine,
+        f"""
+        SELECT count(*) FILTER (WHERE {kept}) AS users, count(*) FILTER (WHERE {dropped}) AS dropped,
+            CAST(coalesce(sum(events) FILTER (WHERE {kept}), 0) AS BIGINT) AS events,
+            CAST(coalesce(sum(events) FILTER (WHERE {dropped}), 0) AS BIGINT) AS dropped_events,
+            CAST(coalesce(sum(least(events, {config.max_events})) FILTER (WHERE {kept}), 0) AS BIGINT) AS cut,
+            coalesce(max(events), 0) AS longest
+        FROM all_users""",
+    )
+    if not found["longest"]:
+        raise ValueError(f"{config.events_name} has no usable events; expected at least one record after its header")
+    if not found["users"]:
+        raise ValueError(
+            f"no user has min_events = {config.min_events} events; the longest history has {found['longest']}"
+        )
+    return LogCounts(
+        users=found["users"],
+        dropped_users=found["dropped"],
+        dropped_events=found["dropped_events"],
+        events=found["cut"],
+        cut_events=found["events"] - found["cut"],
     )
 
 
-def count_pairs(connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> dict[str, NDArray[np.int64]]:
-    """How often two different known items stand `distance` ≤ window events apart outside the holdout: arrays a < b,
-    distance, count, in this order. Whole histories count, also what max_events cuts."""
-    lags = ", ".join(f"lag(item, {k}) OVER (PARTITION BY user ORDER BY n)" for k in range(1, config.window + 1))
-    return connection.execute(f"""
-        WITH known AS (SELECT user, n, i.index AS item FROM log l LEFT JOIN items i ON l.item = i.item
-            WHERE back > {config.holdout}),
-        lagged AS (SELECT item, [{lags}] AS before FROM known),
-        pairs AS (SELECT item, unnest(before) AS other, generate_subscripts(before, 1) AS distance FROM lagged)
-        SELECT least(item, other) AS a, greatest(item, other) AS b, distance, count(*) AS count FROM pairs
-        WHERE item <> other GROUP BY ALL ORDER BY a, b, distance""").fetchnumpy()
-
-
-def _ticks_per_second(connection: duckdb.DuckDBPyConnection) -> int:
+def _ticks_per_second(engine: Engine) -> int:
     """Times are seconds, milliseconds, micro- or nanoseconds; the largest tells, up to the year 5138."""
-    largest = one_row(connection, "SELECT coalesce(max(abs(time::HUGEINT)), 0) FROM events")[0]
+    bounds = _one_row(engine, "SELECT min(time) AS least, max(time) AS most FROM parsed WHERE problem IS NULL")
+    largest = max(abs(bounds["least"] or 0), abs(bounds["most"] or 0))
     return next((ticks for ticks in (1, 10**3, 10**6) if largest < 10**11 * ticks), 10**9)
 
 
-def _number_values(
-    connection: duckdb.DuckDBPyConnection, table: str, column: str, min_count: int, first: int = 1
-) -> tuple[str, ...]:
-    connection.execute(f"""
-        CREATE TABLE {table} AS
-        SELECT value, (row_number() OVER (ORDER BY count DESC, value) + {first - 1})::INTEGER AS id
-        FROM (SELECT {column} AS value, count(*) AS count FROM log WHERE value IS NOT NULL GROUP BY value)
-        WHERE count >= {min_count}""")
-    return tuple(value for (value,) in connection.execute(f"SELECT value FROM {table} ORDER BY id").fetchall())
+def _rating_edges(engine: Engine, most: int) -> tuple[float, ...]:
+    found = engine.fetch(
+        "SELECT rating, count(*) AS count FROM log WHERE rating IS NOT NULL GROUP BY rating ORDER BY rating"
+    )
+    ratings = found["rating"].to_numpy().astype(np.float32)
+    return rating_edges(ratings, found["count"].to_numpy(), most) if len(ratings) else ()
+
+
+def _number_values(engine: Engine, table: str, column: str, min_count: int, first: int = 1) -> tuple[str, ...]:
+    engine.create(
+        table,
+        f"""
+        WITH counted AS (
+            SELECT {column} AS value, count(*) AS count FROM log WHERE {column} IS NOT NULL GROUP BY {column}
+            HAVING count(*) >= {min_count})
+        SELECT value, CAST(row_number() OVER (ORDER BY count DESC, value) + {first - 1} AS INTEGER) AS id
+        FROM counted""",
+    )
+    return tuple(engine.fetch(f"SELECT value FROM {table} ORDER BY id")["value"].to_pylist())
+
+
+def _one_row(engine: Engine, query: str) -> dict[str, Any]:
+    """The only row of a query that always has one."""
+    return engine.fetch(query).to_pylist()[0]

@@ -34,6 +34,18 @@ def test_configuration_file_and_overrides(log):
     assert (settings["min_events"], settings["context"]) == (4, ["rating"])
 
 
+def test_several_files_and_a_glob(log):
+    """A list and a quoted glob, in the same order, are the same log."""
+    first, rest = LOG[: LOG.index("u1")], "user,item,rating,time\n" + LOG[LOG.index("u1") :]
+    (log / "a.csv").write_text(first)
+    (log / "b.csv").write_text(rest)
+    for name, events in (("list", "[a.csv, b.csv]"), ("glob", "[ab].csv"), ("one", "log.csv")):
+        assert main(["features", "--events", events, "--out", name, "--text_dim", "0"]) == 0
+    contents = {name: (log / name / "items.parquet").read_bytes() for name in ("list", "glob", "one")}
+    assert len(set(contents.values())) == 1
+    assert json.loads((log / "list" / "summary.json").read_text())["config"]["events"] == ["a.csv", "b.csv"]
+
+
 def test_skipped_lines_are_reported(log, capsys):
     (log / "log.csv").write_text(LOG + "broken\n")
     assert main(["features", "--events", "log.csv", "--out", "out", "--max_malformed", "1"]) == 0

@@ -36,7 +36,8 @@ def build(tmp_path):
             (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         settings = {"text_dim": 4, "cooccurrence_dim": 4, "min_events": 1, "holdout": 0, "threads": 1} | settings
         out = tmp_path / settings.pop("out", "features")
-        config = FeaturesConfig(tmp_path / events, out, items=tmp_path / items if items else None, **settings)
+        events = [Path(path) for path in events] if isinstance(events, list) else tmp_path / events
+        config = FeaturesConfig(events, out, items=tmp_path / items if items else None, **settings)
         return out, build_features(config)
 
     return run

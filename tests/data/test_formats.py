@@ -224,9 +224,14 @@ def test_refused_files(build, tmp_path, content, message):
 def test_refused_names(build, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
         build({}, "none.csv")
-    with pytest.raises(IsADirectoryError, match="is a directory; expected a file"):
-        build({}, ".")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no files"):
+        build({}, "empty")
+    with pytest.raises(FileNotFoundError, match=r"\*\.csv matches no file"):
+        build({}, "*.csv")
     with pytest.raises(ValueError, match=r"unknown format; expected a name ending in one of \.inter\.json, "):
+        build({"log.xlsx": "user,item\n"}, "log.xlsx")
+    with pytest.raises(ValueError, match=r"log\.parquet is not a readable Parquet file"):
         build({"log.parquet": "user,item\n"}, "log.parquet")
     with pytest.raises(ValueError, match=r"log\.csv has no column 'who' for user; its columns are 'user', 'item'"):
         build({"log.csv": LOG}, "log.csv", user="who")

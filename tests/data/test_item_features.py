@@ -13,19 +13,19 @@ TEXTS = ["red apple fruit", "green apple fruit", "steel hammer tool", "steel saw
 
 
 def pairs(*rows):
-    """(a, b, distance, count) with a < b, sorted."""
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    return dict(zip(("a", "b", "distance", "count"), columns, strict=True))
+    """(a, b, weight) with a < b, sorted."""
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    return dict(zip(("a", "b", "weight"), columns, strict=True))
 
 
-PAIRS = pairs((1, 2, 1, 6), (1, 2, 2, 3), (1, 3, 5, 1), (3, 4, 1, 4), (4, 6, 2, 2))
+PAIRS = pairs((1, 2, 75), (1, 3, 2), (3, 4, 40), (4, 6, 10))
 
 
 def test_ppmi_is_the_formula():
     weight = np.zeros((6, 6))
-    for a, b, distance, count in zip(*PAIRS.values(), strict=True):
-        weight[a - 1, b - 1] += count / distance
-        weight[b - 1, a - 1] += count / distance
+    for a, b, together in zip(*PAIRS.values(), strict=True):
+        weight[a - 1, b - 1] += together
+        weight[b - 1, a - 1] += together
     total = weight.sum()
     joint, item = weight / total, weight.sum(axis=1) / total
     context = weight.sum(axis=0) ** 0.75 / (weight.sum(axis=0) ** 0.75).sum()
@@ -126,7 +126,7 @@ def watched(*arguments):
     assert blas and {library["num_threads"] for library in blas} == {1}, blas
     return result
 module._truncated_svd = watched
-pairs = {"a": [1, 2], "b": [2, 3], "count": [3, 4], "distance": [1, 1]}
+pairs = {"a": [1, 2], "b": [2, 3], "weight": [3, 4]}
 module.item_features([""] * 3, {name: np.array(values) for name, values in pairs.items()}, 0, 2)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

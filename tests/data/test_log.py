@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 from genrec.data.build import build_features
 from genrec.data.catalogue import load_catalogue
 from genrec.data.config import FeaturesConfig
+from genrec.data.engine import DuckEngine, local_database
+from genrec.data.formats import open_sources
+from genrec.data.inputs import find_files
+from genrec.data.log import build_vocabulary, count_pairs, order_log
+from genrec.data.readers import choose_log_columns
 from genrec.data.sequences import load_sequences
 from genrec.data.vocabulary import load_vocabulary
 from genrec.interfaces import TokenType
@@ -131,6 +136,28 @@ def test_unseen_items_are_kept_on_request(build):
     assert summary["items"] == 3
 
 
+def test_heaviest_pairs(tmp_path):
+    """a and b meet three times beside each other, b and c twice, a and c once at a distance of two."""
+    (tmp_path / "log.csv").write_text("user,item\nu,a\nu,b\nv,b\nv,a\nw,a\nw,b\nw,c\nx,c\nx,b\n")
+    found = {}
+    for most in (1, 2, 3):
+        config = FeaturesConfig(tmp_path / "log.csv", tmp_path, min_events=1, holdout=0, window=2, max_pairs=most)
+        with local_database(config) as connection:
+            engine = DuckEngine(connection)
+            sources = open_sources(find_files(config.events))
+            columns = choose_log_columns(config, sources[0])
+            engine.read_events(sources, columns)
+            order_log(engine, config, columns)
+            build_vocabulary(engine, config, columns)
+            pairs = count_pairs(engine, config)
+            index = {row["index"]: row["item"] for row in engine.fetch("SELECT item, index FROM items").to_pylist()}
+        rows = zip(pairs["a"].tolist(), pairs["b"].tolist(), pairs["weight"].tolist(), strict=True)
+        found[most] = {"".join(sorted(index[a] + index[b])): weight for a, b, weight in rows}
+    assert found[3] == {"ab": 6, "bc": 4, "ac": 1}  # in halves: the least common multiple of the distances is 2
+    assert found[2] == {"ab": 6, "bc": 4}
+    assert found[1] == {"ab": 6}
+
+
 def test_summary_names_no_folder_and_no_machine(build, tmp_path):
     directory, summary = build({"log.csv": RATED}, "log.csv", threads=2)
     written = (directory / "summary.json").read_text()
@@ -159,6 +186,8 @@ def test_existing_output_is_kept_unless_told(build):
         ({"max_malformed": -1}, "max_malformed is -1; expected at least 0"),
         ({"text_dim": 0, "cooccurrence_dim": 0}, "both 0; expected at least one feature dimension"),
         ({"threads": 0}, "threads is 0; expected at least 1"),
+        ({"window": 21}, "window is 21; expected at most 20"),
+        ({"max_pairs": 0}, "max_pairs is 0; expected at least 1"),
         ({"memory_limit": "a lot"}, "memory_limit is 'a lot'; expected a size such as 2GB"),
         ({"min_count": 99}, "no item has min_count = 99 events"),
     ],

@@ -26,9 +26,9 @@ from genrec.profiling.operators import OperatorConfig, operator_call
 from genrec.profiling.window import SUFFIX, WindowConfig, nsight_tool, relaunch, run_window
 from genrec.training.config import TrainConfig
 from genrec.training.engines.torch import TorchEngine
-from genrec.training.loop import Trainer
 from genrec.training.run import build_model, training_device
 from genrec.training.stages import build_stage
+from genrec.training.step import Trainer
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,12 @@ def test_a_bad_gradient_has_a_name():
 
 
 def test_apex_is_used_on_a_gpu_where_it_is_built(monkeypatch):
-    class FusedAdam(torch.optim.SGD):
+    class FusedAdam(torch.optim.AdamW):
+        """Counts steps by group, as apex does."""
+
         def __init__(self, groups, lr, betas, adam_w_mode):
             assert adam_w_mode
-            super().__init__(groups, lr=lr)
+            super().__init__(groups, lr=lr, betas=betas)
 
     model, config = network(), OptimizerConfig()
     assert isinstance(adamw(model, config, torch.device("cuda")), torch.optim.AdamW), "apex is not here"

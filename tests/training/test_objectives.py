@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genrec.training.config import OptimizerConfig, TrainConfig
-from genrec.training.loop import learning_rate, step_seed
 from genrec.training.objectives import preference_loss
+from genrec.training.step import learning_rate, step_seed
 
 LOGS = st.floats(-12, -0.01)
 

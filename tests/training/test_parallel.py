@@ -116,6 +116,18 @@ def test_experts_that_idle_on_one_rank(arguments, tmp_path):
             torch.testing.assert_close(same_weights[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_divergence_is_named_by_every_engine(arguments, tmp_path, engine):
+    settings = {
+        "micro_batches": 2,
+        "parallel": engine,
+        "pretrain.optimizer.lr": 1e30,
+        "pretrain.optimizer.warmup_steps": 0,
+    }
+    assert exit_codes(start(arguments(tmp_path / "model", **settings), 2, tmp_path / "errors")) == [2, 2]
+    assert "is not finite at step 1; try a lower pretrain.optimizer.lr, now 1e+30" in (tmp_path / "errors").read_text()
+
+
 def test_what_the_first_rank_refuses_all_refuse(arguments, alone, tmp_path):
     assert exit_codes(start(arguments(alone, micro_batches=PARTS), 2, tmp_path / "errors")) == [2, 2]
     assert (tmp_path / "errors").read_text().count("already holds a run") == 1

@@ -45,11 +45,12 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> Values:
-        """The model's state_dict, whole and on the CPU, to be called by all ranks."""
+        """The model's state_dict, whole and on the CPU of the first rank; all ranks call it together."""
         ...
 
     def state(self) -> Values:
-        """The optimizer's state as whole, named tensors on the CPU, the same for any engine and any number of ranks."""
+        """The optimizer's state as whole, named tensors, the same for any engine and any number of ranks; on the CPU of
+        the first rank, and all ranks call it together."""
         ...
 
     def load_state(self, tensors: Values) -> None:

@@ -96,23 +96,40 @@ class TorchEngine:
         return norm, applied
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: _whole(value).cpu() for name, value in self.model.state_dict().items()}
+        return self._collected(self.model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        return self._scale.state() | {
-            f"{self._names[id(parameter)]}/{key}": _whole(value).cpu()
+        tensors = {
+            f"{self._names[id(parameter)]}/{key}": value
             for parameter, values in self.optimizer.state.items()
             for key, value in values.items()
         }
+        for group in self.optimizer.param_groups:  # apex counts steps by group, torch by parameter
+            if "step" in group:
+                step = torch.tensor(float(group["step"]))
+                tensors |= {f"{self._names[id(parameter)]}/step": step for parameter in group["params"]}
+        return self._scale.state() | self._collected(tensors)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._scale.load_state(tensors)
-        by_name = dict(self.model.named_parameters())
         self.optimizer.state.clear()
-        for full_name, value in tensors.items():
-            if "/" in full_name:
-                name, key = full_name.rsplit("/", 1)
-                self.optimizer.state[by_name[name]][key] = self._placed(value, by_name[name])
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names[id(parameter)]
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors]
+                state = {key: self._placed(tensors[f"{name}/{key}"], parameter) for key in keys}
+                if "step" in group and state:
+                    group["step"] = int(state.pop("step"))
+                self.optimizer.state[parameter] = state
+
+    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of the first rank, which alone writes them; empty on the others."""
+        collected = {}
+        for name, value in tensors.items():
+            whole = _whole(value)
+            if self.ranks.first:
+                collected[name] = whole.cpu()
+        return collected
 
     def _placed(self, value: Tensor, parameter: Tensor) -> Tensor:
         """A piece of state where its parameter is: the same shard of it, on the same device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,8 @@ class Progress:
     applied: int = 0  # of these, whose gradients were applied: all of them unless float16 overflowed
     best_step: int = 0
     best: float = -1.0  # of stage.select_by, on the validation events
-    recall_before: float = 0.0  # recall@10 of the first validation
+    before: dict[str, float] = field(default_factory=dict)  # metrics of the first validation
+    after: dict[str, float] = field(default_factory=dict)  # and of the best
 
 
 class Selection:
@@ -59,16 +60,16 @@ class Selection:
         with span("validation"):
             metrics = self.validator(self.engine.whole())
         self.log.write(self.stage.name, progress.step, **{f"valid_{name}": value for name, value in metrics.items()})
-        metric, recall = metrics[self.stage.select_by], metrics["recall@10"]
-        if progress.step == 0:
-            progress.recall_before = recall
+        metric = metrics[self.stage.select_by]
+        progress.before = progress.before or metrics
         if metric > progress.best:
-            progress.best, progress.best_step = metric, progress.step
+            progress.best, progress.best_step, progress.after = metric, progress.step, metrics
             weights = self.engine.weights()
             self.engine.ranks.on_first(lambda: self._write(weights))
-        harmed = recall < (1 - self.stage.max_recall_loss) * progress.recall_before
+        recall = progress.before["recall@10"]
+        harmed = metrics["recall@10"] < (1 - self.stage.max_recall_loss) * recall
         if harmed:
-            lost = f"recall@10 fell from {progress.recall_before:.4f} by more than {self.stage.max_recall_loss:.0%}"
+            lost = f"recall@10 fell from {recall:.4f} by more than {self.stage.max_recall_loss:.0%}"
             ended = f"stopped at step {progress.step}, the best weights are kept"
             say(self.engine.ranks, f"{self.stage.name}: {lost}; {ended}")
         return not harmed

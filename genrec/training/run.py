@@ -24,9 +24,10 @@ from genrec.generation.storage import read_model_json, save_model
 from genrec.models.ugt import UGT, ModelVocabulary
 from genrec.training.config import TrainConfig
 from genrec.training.log import MetricsLog, NoLog
-from genrec.training.loop import Plan, run_stage
+from genrec.training.loop import Plan, Progress, run_stage
 from genrec.training.ranks import Ranks, joined
 from genrec.training.stages import Stage, build_stage
+from genrec.training.step import say
 from genrec.training.validation import Validator
 
 # these may differ when a run is resumed: the engine and the number of ranks change nothing but rounding
@@ -100,13 +101,24 @@ def _finish_stage(
         stage = build_stage(name, config, trained, events)
         plan = _plan(stage, chosen)
         progress, weights = run_stage(stage, trained, plan, config, log, validator, ranks)
-        record = {"steps": plan.total, "applied": progress.applied, "best_step": plan.stop, "best": None,
-                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        record: dict[str, Any] = {
+            "steps": plan.total, "applied": progress.applied, "best_step": plan.stop, "best": None,
+            "seconds": round(time.monotonic() - began, 1),
+        }  # fmt: skip
         if validator is not None:
             record |= {"best_step": progress.best_step, "best": progress.best}
+            record |= {"before": progress.before, "after": progress.after}
+            _report(name, progress, ranks)
         ranks.on_first(lambda: _keep_stage(done, weights, record))
     model.load_state_dict(load_file(done / "model.safetensors"))
     return json.loads((done / "stage.json").read_text())
+
+
+def _report(name: str, progress: Progress, ranks: Ranks) -> None:
+    """What the stage changed on the validation events, in one line."""
+    shown = ("recall@10", "ndcg@10", "liked_ndcg@10", "validity")
+    changes = (f"{key} {progress.before[key]:.4f} → {progress.after[key]:.4f}" for key in shown)
+    say(ranks, f"{name}, validation: {', '.join(changes)}")
 
 
 def _keep_stage(directory: Path, weights: dict[str, Tensor], record: dict[str, Any]) -> None:

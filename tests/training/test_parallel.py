@@ -145,7 +145,8 @@ def test_two_runs_into_one_directory(arguments, tmp_path):
         assert first[0].is_alive()
     assert exit_codes(start(endless, 2, tmp_path / "errors")) == [3, 2]
     assert "is in use by another run" in (tmp_path / "errors").read_text()
-    assert exit_codes(first, seconds=0) == [-9, -9], "the first run was disturbed"
+    assert [process.is_alive() for process in first] == [True, True], "the first run was disturbed"
+    exit_codes(first, seconds=0)
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "genrec")

@@ -19,6 +19,7 @@ from genrec.models.ugt import UGT, map_tensors
 from genrec.training.config import OptimizerConfig
 from genrec.training.diagnosis import first_bad_tensor
 from genrec.training.engines import Engine
+from genrec.training.engines.parts import autocast
 from genrec.training.loader import read_ahead
 from genrec.training.ranks import Ranks
 from genrec.training.stages import Stage
@@ -73,7 +74,7 @@ class Trainer:
             scale = self.engine.scale
             norm, applied = self._applied(step, lr)
             if not applied:
-                self._explain(step, batches, scale, norm)
+                self._explain(step, batches, scale)
             load = self.model.balance_router(self.engine.ranks.sum)
         return Done(sums, lr, norm, applied, load)
 
@@ -89,12 +90,14 @@ class Trainer:
         except FloatingPointError as error:
             raise ValueError(f"{self.stage.name}, step {step}: {error}; train in bfloat16 or float32") from None
 
-    def _explain(self, step: int, batches: list[tuple[int, Any]], scale: float, norm: float) -> None:
+    def _explain(self, step: int, batches: list[tuple[int, Any]], scale: float) -> None:
         """Say where the first value that is not finite came from; outside float16 this is the end."""
         found, model = None, self.engine.whole()
         for number, batch in batches:
-            loss = partial(self.stage.loss, model, self._prepared(step, number, batch))
-            found = found or first_bad_tensor(model.train(not self.stage.on_policy), loss, scale)
+            prepared = self._prepared(step, number, batch)
+            model.train(not self.stage.on_policy)
+            with autocast(self.engine.device, self.engine.dtype):
+                found = found or first_bad_tensor(model, partial(self.stage.loss, model, prepared), scale)
         found = next((name for name in self.engine.ranks.gather(found) if name), "a sum of gradients")
         if scale == 1:
             name = self.stage.name

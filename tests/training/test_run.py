@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -24,6 +25,7 @@ from genrec.generation.storage import load_model
 from genrec.models.ugt.layers import MixtureOfExperts
 from genrec.training import run as run_module
 from genrec.training.config import AlignConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from genrec.training.engines.parts import LossScale
 from genrec.training.log import read_metrics
 from genrec.training.run import train
 from genrec.training.validation import Validator
@@ -276,6 +278,26 @@ def test_not_a_number_is_one_sentence_with_a_name(arguments, tmp_path, capsys, m
     monkeypatch.setattr(MixtureOfExperts, "forward", broken)
     words = ["pretrain: output of decoder.layers.0.moe is not finite at step 3", "pretrain.optimizer.lr"]
     refused(arguments(tmp_path / "model"), capsys, 2, *words)
+
+
+def test_overflow_in_float16_is_named_and_left_out(arguments, tmp_path, capsys, monkeypatch):
+    original = LossScale.__init__
+
+    def high(self, dynamic):
+        original(self, dynamic)
+        self.value = 2.0**30 if dynamic else 1.0
+
+    monkeypatch.setattr(LossScale, "__init__", high)
+    assert main(arguments(tmp_path / "model", precision="float16", stages="[pretrain]", pretrain__epochs=8)) == 0
+    errors = capsys.readouterr().err
+    assert re.search(
+        r"step 0: gradient of \S+ is not finite at loss scale 1073741824; step left out, scale halved", errors
+    )
+    rows = [row for row in read_metrics(tmp_path / "model" / "metrics.jsonl") if "loss" in row]
+    skipped = errors.count("is not finite at loss scale")
+    assert 0 < skipped == rows[-1]["step"] - rows[-1]["applied"] < rows[-1]["step"]
+    assert rows[-1]["loss_scale"] == 2.0**30 / 2**skipped
+    assert facts(tmp_path / "model")["stages"]["pretrain"]["applied"] == rows[-1]["applied"]
 
 
 def test_align_stops_where_it_harms(config, tmp_path, capsys, monkeypatch):

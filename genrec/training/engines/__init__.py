@@ -23,6 +23,7 @@ class Engine(Protocol):
     """
 
     device: torch.device
+    dtype: torch.dtype  # of products
     ranks: Ranks
 
     @property

@@ -30,8 +30,8 @@ class DeepSpeedEngine:
         self.model, self.ranks = model, ranks
         self.device = next(model.parameters()).device
         self.stage = int(parallel.parallel.removeprefix("zero-"))
-        dtype = training_dtype(parallel.precision, self.device)
-        self._scale = LossScale(dtype == torch.float16)
+        self.dtype = training_dtype(parallel.precision, self.device)
+        self._scale = LossScale(self.dtype == torch.float16)
         self._parts = parallel.micro_batches // ranks.world  # that a rank accumulates
         self._twin = twin(model) if self.stage == 3 else None
         settings = {
@@ -44,7 +44,7 @@ class DeepSpeedEngine:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=LossModule(model, dtype), optimizer=adamw(model, config, self.device), config=settings
+            model=LossModule(model, self.dtype), optimizer=adamw(model, config, self.device), config=settings
         )
 
     @property

@@ -27,9 +27,13 @@ class LossModule(nn.Module):
 
     def forward(self, loss: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """loss(model, batch)."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(next(self.model.parameters()).device, self.dtype):
             return loss(self.model, batch)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in dtype; float32 is left alone."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -43,9 +43,9 @@ class TorchEngine:
         parallel, ranks = parallel or ParallelConfig(), ranks or Ranks()
         self.model, self.config, self.ranks = model, config, ranks
         self.device = next(model.parameters()).device
-        dtype = training_dtype(parallel.precision, self.device)
-        self.module: nn.Module = LossModule(model, dtype)
-        self._scale = LossScale(dtype == torch.float16)
+        self.dtype = training_dtype(parallel.precision, self.device)
+        self.module: nn.Module = LossModule(model, self.dtype)
+        self._scale = LossScale(self.dtype == torch.float16)
         self._twin: nn.Module | None = None
         if parallel.parallel == "fsdp" and ranks.world > 1:
             self._twin = twin(model)

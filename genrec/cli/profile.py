@@ -10,6 +10,7 @@ Compute where one of them is on PATH, else a trace that opens in Perfetto.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def _train(config: Train) -> Step:
         model.compile_layers()
     engine, total = TorchEngine(model, stage.optimizer, config), config.warmup + config.steps
     trainer = Trainer(stage, model, engine, total, config.seed)
-    batches = trainer.micro_batches(0, total, config.micro_batches)
+    batches = trainer.micro_batches(0, sys.maxsize, config.micro_batches)  # as many as the window asks for
     return lambda i: trainer.step(i, next(batches)), engine.device
 
 

@@ -61,7 +61,7 @@ def test_unknown_command(capsys):
         (["evaluate", "--config", "unknown.yaml"], ("modle",)),
         (["evaluate", "--config", "."], ()),
         (["train", "--config", "nested.yaml"], ("d_modl",)),
-        (["evaluate", "--model", "nowhere"], ("nowhere", "expected the directory of a finished genrec train run")),
+        (["evaluate", "--model", "nowhere"], ("nowhere", "expected the output of genrec train")),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(argv, words, refused, tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ def test_configuration_file_with_a_size_and_overrides(trained, tmp_path, capsys)
     (tmp_path / "train.yaml").write_text(
         yaml.safe_dump({
             "features": str(trained / "features"), "semantic_ids": str(trained / "tokenizer"), "out": "unused",
-            "model": "size.yaml", "pretrain": {"epochs": 1, "batch_size": 16, "optimizer": {"lr": 0.001}},
-            "stages": ["pretrain", "finetune"], "finetune": {"epochs": 0.5, "batch_size": 8},
+            "model": "size.yaml", "pretrain": {"epochs": 1, "batch_tokens": 200, "optimizer": {"lr": 0.001}},
+            "stages": ["pretrain", "finetune"], "finetune": {"epochs": 0.5, "batch_tokens": 100},
         })
     )  # fmt: skip
     out = tmp_path / "model"

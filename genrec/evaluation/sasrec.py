@@ -54,6 +54,8 @@ class SASRecConfig:
 class SASRec(nn.Module):
     """Implements genrec.interfaces.Ranker. Input and output share one table of item embeddings."""
 
+    no_bias: Tensor
+
     def __init__(self, catalogue_size: int, config: SASRecConfig) -> None:
         super().__init__()
         self.config = config

@@ -220,32 +220,6 @@ def test_evaluation_has_no_dropout_and_training_has():
 
 
 @pytest.mark.parametrize("types", [("item",), ("item", "action")])
-def test_item_input_vectors_are_read_and_not_ranked_by(types):
-    tied = small.model(token_types=types)
-    untied = small.model(token_types=types, item_input_vectors=True)
-    tokens, vectors = batch(tied, USERS), tied.item_vectors()
-    same = tied.state_dict()
-    untied.load_state_dict({**same, "item_inputs": torch.zeros_like(untied.item_inputs)})
-    assert torch.equal(untied.encode(tokens, vectors), tied.encode(tokens, vectors))
-    assert torch.equal(untied.item_vectors(), vectors)
-
-    moved = torch.zeros_like(untied.item_inputs)
-    moved[USERS[0][0]] = 1.0
-    untied.load_state_dict({**same, "item_inputs": moved})
-    expected = vectors.clone()
-    expected[USERS[0][0]] += 1.0
-    torch.testing.assert_close(untied.encode(tokens, vectors), tied.encode(tokens, expected))
-    assert torch.equal(untied.item_vectors(), vectors)
-
-
-def test_item_input_vectors_begin_at_zero():
-    vocabulary = ModelVocabulary(5, (4, 4), (6, 1, 1, 1))
-    model = UGT(UGTConfig(item_input_vectors=True), vocabulary, torch.zeros(6, 2, dtype=torch.int64))
-    assert model.item_inputs.shape == (6, 64)
-    assert not model.item_inputs.any()
-
-
-@pytest.mark.parametrize("types", [("item",), ("item", "action")])
 def test_token_dropout_reads_some_tokens_as_unknown_in_training(types):
     model = small.model(dropout=0.0, token_dropout=0.3, token_types=types)
     tokens, vectors = batch(model, [[*range(1, 7)]] * 40), model.item_vectors()

@@ -33,9 +33,6 @@ class UGTConfig:
     """relative distances with a bias of their own; farther ones share the last"""
     token_types: tuple[str, ...] = ("item",)
     """which tokens of an event the encoder reads: item, action, time, context; item comes first"""
-    item_input_vectors: bool = False
-    """whether an item is read by a vector beside the one it is ranked by: what follows an item is then learned apart
-    from what it follows, for one more table of items × d_model"""
     dropout: float = 0.1
     """share of activations dropped in training"""
     token_dropout: float = 0.0

@@ -40,9 +40,6 @@ class UGT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIAL_STD)
-        self.item_inputs: Tensor | None = None
-        if config.item_input_vectors:  # zero, so that training begins with the tied model
-            self.item_inputs = nn.Parameter(torch.zeros(vocabulary.items + 1, d_model))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, levels)
         self.code_bias = nn.ParameterList(torch.zeros(size) for size in vocabulary.codebook_sizes)
@@ -73,11 +70,7 @@ class UGT(nn.Module):
     def encode(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:
         """Event tokens, packed (T,) or padded (B, S) → states (…, D); item_vectors is what `item_vectors()` returns,
         computed once per step."""
-        token_ids = self._hide_tokens(tokens.token_ids)
-        x = self._embed_tokens(token_ids, tokens.type_ids, item_vectors)
-        if self.item_inputs is not None:
-            is_item = tokens.type_ids == TokenType.ITEM
-            x = x + F.embedding(torch.where(is_item, token_ids, 0), self.item_inputs) * is_item.unsqueeze(-1)
+        x = self._embed_tokens(self._hide_tokens(tokens.token_ids), tokens.type_ids, item_vectors)
         x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
         sequences = tokens.cu_seqlens.shape[0] - 1 if isinstance(tokens, TokenBatch) else tokens.lengths.shape[0]
         with span("encoder", x=x, sequences=sequences):

@@ -39,9 +39,10 @@ Row = dict[str, str | float | int]
 
 
 def genrec(command: str, *arguments: str | Path) -> None:
-    """Run `genrec COMMAND --config configs/amazon/COMMAND.yaml …` in a process of its own."""
+    """Run `genrec COMMAND …` in a process of its own, with configs/amazon/COMMAND.yaml where there is one."""
     config = CONFIGS / f"{command}.yaml"
-    subprocess.run([sys.executable, "-m", "genrec", command, "--config", config, *arguments], check=True)
+    given = ["--config", config] if config.exists() else []
+    subprocess.run([sys.executable, "-m", "genrec", command, *given, *arguments], check=True)
 
 
 def input_files(data: Path) -> tuple[Path, Path]:

@@ -219,6 +219,21 @@ def test_evaluation_has_no_dropout_and_training_has():
     assert not torch.equal(model.encode(tokens, vectors), model.encode(tokens, vectors))
 
 
+@pytest.mark.parametrize("types", [("item",), ("item", "action")])
+def test_token_dropout_reads_some_tokens_as_unknown_in_training(types):
+    model = small.model(dropout=0.0, token_dropout=0.3, token_types=types)
+    tokens, vectors = batch(model, [[*range(1, 7)]] * 40), model.item_vectors()
+    hidden = model._hide_tokens(tokens.token_ids)
+    assert torch.equal(hidden, tokens.token_ids)
+    assert torch.equal(model.encode(tokens, vectors), model.encode(tokens, vectors))
+    model.train()
+    hidden = model._hide_tokens(tokens.token_ids)
+    kept = hidden == tokens.token_ids
+    assert not hidden[~kept].any()
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.1)
+    assert not torch.equal(model.encode(tokens, vectors), model.encode(tokens, vectors))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -234,6 +249,7 @@ def test_evaluation_has_no_dropout_and_training_has():
         ({"token_types": ("item", "action", "action")}, "expected 'item' and others, each once"),
         ({"dropout": 1.0}, "model.dropout is 1.0; expected at least 0 and below 1"),
         ({"dropout": -0.1}, "model.dropout is -0.1"),
+        ({"token_dropout": 1.0}, "model.token_dropout is 1.0; expected at least 0 and below 1"),
     ],
 )
 def test_config_errors_are_one_sentence(settings, words):

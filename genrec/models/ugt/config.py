@@ -35,6 +35,8 @@ class UGTConfig:
     """which tokens of an event the encoder reads: item, action, time, context; item comes first"""
     dropout: float = 0.1
     """share of activations dropped in training"""
+    token_dropout: float = 0.0
+    """share of history tokens that are read as unknown in training, so that no single event is relied on"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,8 +60,9 @@ class UGTConfig:
             raise ValueError(f"model.token_types has {unknown[0]!r}; expected names among {', '.join(known)}")
         if "item" not in self.token_types or len(set(self.token_types)) < len(self.token_types):
             raise ValueError(f"model.token_types is {list(self.token_types)}; expected 'item' and others, each once")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; expected at least 0 and below 1")
+        for name in ("dropout", "token_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected at least 0 and below 1")
 
     @property
     def types(self) -> tuple[TokenType, ...]:

@@ -72,22 +72,28 @@ class UGT(nn.Module):
     def encode(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:
         """Event tokens, packed (T,) or padded (B, S) → states (…, D); item_vectors is what `item_vectors()` returns,
         computed once per step."""
-        x = self._embed_tokens(tokens, item_vectors)
+        x = self._embed_tokens(self._hide_tokens(tokens.token_ids), tokens.type_ids, item_vectors)
         x = x + self.type_embedding(tokens.type_ids) + self.position_embedding(tokens.positions)
         sequences = tokens.cu_seqlens.shape[0] - 1 if isinstance(tokens, TokenBatch) else tokens.lengths.shape[0]
         with span("encoder", x=x, sequences=sequences):
             return self.encoder(self.dropout(x), tokens)
 
-    def _embed_tokens(self, tokens: TokenBatch | PaddedTokens, item_vectors: Tensor) -> Tensor:
+    def _hide_tokens(self, token_ids: Tensor) -> Tensor:
+        """While training, a share of the ids replaced by 0, which is what an unknown id is in every token type."""
+        if not self.training or self.config.token_dropout == 0:
+            return token_ids
+        return token_ids * (torch.rand(token_ids.shape, device=token_ids.device) >= self.config.token_dropout)
+
+    def _embed_tokens(self, token_ids: Tensor, type_ids: Tensor, item_vectors: Tensor) -> Tensor:
         if len(self.token_embeddings) == 0:
-            return F.embedding(tokens.token_ids, item_vectors)
+            return F.embedding(token_ids, item_vectors)
         tables = [item_vectors, *(table.weight for table in self.token_embeddings)]
-        first_row = torch.zeros(len(TokenType), dtype=torch.int64, device=tokens.token_ids.device)
+        first_row = torch.zeros(len(TokenType), dtype=torch.int64, device=token_ids.device)
         row = 0
         for token_type, table in zip(self.config.types, tables, strict=True):
             first_row[token_type] = row
             row += len(table)
-        return F.embedding(first_row[tokens.type_ids] + tokens.token_ids, torch.cat(tables))
+        return F.embedding(first_row[type_ids] + token_ids, torch.cat(tables))
 
     def item_logits(self, users: Tensor, item_vectors: Tensor) -> Tensor:
         """The item head: user vectors (M, D) → (M, N + 1)."""

@@ -1,0 +1,78 @@
+"""examples/quality.py: which commands make a row, and what its table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import small
+
+from examples import quality
+
+TEST = {"recall@5": 0.1, "ndcg@5": 0.05, "recall@10": 0.2, "ndcg@10": 0.0625}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that would be run; each leaves what the next one looks for."""
+    calls = []
+
+    def run(command, *arguments):
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        calls.append((command, given))
+        if command == "evaluate":
+            results = {"test": {"ugt": TEST}, "alpha": 8.0, "parameters": 1234}
+            (given["--model"].parent / "metrics.json").write_text(json.dumps(results))
+            return
+        given["--out"].mkdir(parents=True)
+        stages = {"pretrain": {"seconds": 90.0}, "align": {"seconds": 30.0}}
+        (given["--out"] / "model.json").write_text(json.dumps({"stages": stages}))
+
+    monkeypatch.setattr(quality, "genrec", run)
+    return calls
+
+
+def test_a_refit_makes_the_first_run_once(commands, tmp_path):
+    row = quality.ugt(tmp_path / "features", tmp_path, 3, True, ["--threads", "1"])
+    assert row == {**TEST, "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
+    assert [command for command, _ in commands] == ["tokenize", "train", "train", "evaluate"]
+    first, refit = commands[1][1], commands[2][1]
+    assert "--refit" not in first
+    assert refit["--refit"] == first["--out"]
+    assert all(given["--seed"] == "3" for _, given in commands[:3])
+    assert first["--threads"] == refit["--threads"] == "1"
+    quality.ugt(tmp_path / "features", tmp_path, 3, False, [])
+    assert [command for command, _ in commands[4:]] == ["evaluate"]
+    assert commands[4][1]["--model"] == first["--out"]
+
+
+def test_files_of_a_data_set_are_found(tmp_path):
+    with pytest.raises(SystemExit, match="neither"):
+        quality.input_files(tmp_path)
+    for name in ("X.inter.json", "X.item.json"):
+        (tmp_path / name).touch()
+    assert [path.name for path in quality.input_files(tmp_path)] == ["X.inter.json", "X.item.json"]
+    for name in ("sequences.txt", "items.jsonl"):
+        (tmp_path / name).touch()
+    assert [path.name for path in quality.input_files(tmp_path)] == ["sequences.txt", "items.jsonl"]
+
+
+def test_the_table_is_over_seeds(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    keys = {"dataset": "beauty", "model": "ugt", "fitted on": "train", "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
+    for seed, recall in enumerate((0.1, 0.2, 0.3)):
+        quality.append(path, {**keys, "seed": seed, **TEST, "recall@10": recall})
+    quality.append(path, {**keys, "model": "popularity", "seed": 0, **TEST, "alpha": "", "parameters": 0})
+    lines = quality.table(path).splitlines()
+    assert len(lines) == 4
+    assert "| beauty | ugt | train | 3 | .1000 ± .0000 | .0500 ± .0000 | .2000 ± .1000 |" in lines[2]
+    assert lines[2].endswith("| 8 | 1,234 | 2 |")
+    assert "| 1 | .1000 | .0500 | .2000 | .0625 | – | 0 | 2 |" in lines[3]
+
+
+@pytest.mark.parametrize("name", ["popularity", "transition", "sasrec"])
+def test_baselines_make_rows(name, tmp_path):
+    features, _ = small.write_inputs(tmp_path)
+    row = quality.baseline(name, features, seed=0, refit=False, epochs=1)
+    assert all(0 <= row[key] <= 1 for key in quality.METRICS)
+    assert (row["parameters"] > 0) == (name == "sasrec")

@@ -23,9 +23,10 @@ from genrec.data.formats import open_sources
 from genrec.data.inputs import find_files
 from genrec.data.item_features import item_features
 from genrec.data.lines import Malformed
-from genrec.data.log import LogCounts, build_vocabulary, count_pairs, kept_events, order_log
+from genrec.data.log import LogCounts, build_vocabulary, count_pairs, count_split, kept_events, order_log
 from genrec.data.parts import SequenceParts
 from genrec.data.readers import LogColumns, choose_log_columns, first_malformed, read_items, report_malformed
+from genrec.data.split import ByTime, save_split
 from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue
 
@@ -50,6 +51,8 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
                     engine.put("described_items", connection.sql("SELECT item FROM item_file").to_arrow_table())
             with _step("ordering and counting events"):
                 counts = order_log(engine, config, columns)
+                split = config.cuts()
+                split_counts = count_split(engine, split) if isinstance(split, ByTime) else {}
                 vocabulary = build_vocabulary(engine, config, columns)
                 items = _items(engine, connection, config)
             with _step("writing sequences"):
@@ -59,7 +62,8 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
         with _step(f"making features of {vocabulary.items:,} items"):  # in the memory that the engine gave back
             save_catalogue(directory, _catalogue(items, pairs, config))
         vocabulary.save(directory)
-        summary = _summary(config, columns, counts, vocabulary, malformed)
+        save_split(directory, split)
+        summary = _summary(config, columns, counts, vocabulary, malformed) | split_counts
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         (directory / "summary.json").write_text(text, encoding="utf-8")
     return summary

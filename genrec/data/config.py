@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from genrec.data.split import ByTime, LeaveOneOut, Split, parse_time
+
 
 @dataclass(frozen=True)
 class FeaturesConfig:
@@ -43,13 +45,21 @@ class FeaturesConfig:
     min_events: int = 3
     """Drop users with fewer events."""
     max_events: int = 200
-    """Keep this many last events of every user."""
+    """Keep this many last events of every user; with split time this many last ones before `valid_from`, and all later
+    ones."""
     min_count: int = 1
     """Items, actions and context values seen fewer times become the out-of-vocabulary id 0."""
     include_unseen: bool = False
     """Also keep items of the item file that the log never mentions, so that they can be recommended."""
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    """What validation and test are: the last two events of every user, or all events from `valid_from` on."""
+    valid_from: str | int | None = None
+    """With split time: when validation begins, a date or time in UTC (2015-01-31, 2015-01-31T12:00) or unix seconds.
+    Nothing from then on is counted, numbered or trained on."""
+    test_from: str | int | None = None
+    """With split time: when the test begins."""
     holdout: int = 2
-    """Last events of every user that item counts and co-occurrence must not see: validation and test."""
+    """With split leave_one_out: last events of every user that item counts and co-occurrence must not see."""
     rating_buckets: int = 10
     """Most action tokens made from ratings: one per distinct rating, or as many quantiles if there are more."""
     text_dim: int = 128
@@ -92,6 +102,17 @@ class FeaturesConfig:
             raise ValueError(f"window is {self.window}; expected at most 20")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; expected at least 1")
+        for name in ("valid_from", "test_from"):
+            if (getattr(self, name) is None) == (self.split == "time"):
+                expected = "a time" if self.split == "time" else "none"
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected} with split {self.split}")
+        self.cuts()  # refuses times that are none
+
+    def cuts(self) -> Split:
+        """What `split`, `valid_from` and `test_from` say."""
+        if self.valid_from is None or self.test_from is None:
+            return LeaveOneOut()
+        return ByTime(parse_time("valid_from", self.valid_from), parse_time("test_from", self.test_from))
 
     @property
     def events_name(self) -> str:

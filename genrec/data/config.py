@@ -60,6 +60,8 @@ class FeaturesConfig:
     """With split time: when the test begins."""
     holdout: int = 2
     """With split leave_one_out: last events of every user that item counts and co-occurrence must not see."""
+    extend: Path | None = None
+    """Directory of older features: its ids keep their meaning, whatever else reaches min_count gets ids behind them."""
     rating_buckets: int = 10
     """Most action tokens made from ratings: one per distinct rating, or as many quantiles if there are more."""
     text_dim: int = 128
@@ -130,7 +132,7 @@ class FeaturesConfig:
         return {name: value for name, value in settings.items() if name not in _NOT_CONTENT}
 
 
-_NOT_CONTENT = {"out", "overwrite", "engine", "spark", "threads", "memory_limit"}
+_NOT_CONTENT = {"out", "overwrite", "extend", "engine", "spark", "threads", "memory_limit"}
 
 
 def _listed(paths: list[Path] | Path | None) -> list[Path]:

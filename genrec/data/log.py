@@ -7,10 +7,13 @@ from math import lcm
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from genrec.data.config import FeaturesConfig
+from genrec.data.context import ContextIds
 from genrec.data.engine import Engine
+from genrec.data.previous import Previous
 from genrec.data.readers import LogColumns
 from genrec.data.split import PARTS, ByTime, time_text
 from genrec.data.vocabulary import GAP_EDGES, Vocabulary, rating_edges
@@ -109,46 +112,50 @@ def count_split(engine: Engine, split: ByTime) -> dict[str, int]:
     return found
 
 
-def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> Vocabulary:
+def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns, previous: Previous) -> Vocabulary:
     """Count `log` and make the tables `items` (item, index, seen, count), `actions` and `context_values_0` … (value,
     id).
 
     Items are numbered by falling count of the events that train, then by id; actions and context values by falling
     count, then by name. min_count holds in the whole log, with split time in the events that train. With
-    include_unseen, items of table `described_items` that are nowhere in these events follow.
+    include_unseen, items of table `described_items` that are nowhere in these events follow. Ids of `previous` stay,
+    whatever the log says of them, and numbers go on behind them.
     """
-    log = _counted(config)
-    unseen = (
-        f"UNION ALL SELECT item, 0, 0 FROM described_items ANTI JOIN {log} USING (item)"
-        if config.include_unseen
-        else ""
-    )
+    before, log = previous.vocabulary, _counted(config)
+    unseen = "SELECT item, 0 AS seen, 0 AS count FROM described_items ANTI JOIN counted USING (item) UNION ALL"
+    engine.put("old_items", previous.items.select(["item", "index"]))
     engine.create(
         "items",
         f"""
         WITH counted AS (
-            SELECT item, count(*) AS seen, count(*) FILTER (WHERE trains) AS count FROM {log}
-            GROUP BY item HAVING count(*) >= {config.min_count} {unseen})
-        SELECT item, seen, count, CAST(row_number() OVER (ORDER BY count DESC, item) AS INTEGER) AS index
-        FROM counted""",
+            SELECT item, count(*) AS seen, count(*) FILTER (WHERE trains) AS count FROM {log} GROUP BY item),
+        wanted AS (
+            {unseen if config.include_unseen else ""}
+            SELECT item, seen, count FROM counted WHERE seen >= {config.min_count}),
+        added AS (SELECT item, seen, count FROM wanted ANTI JOIN old_items USING (item))
+        SELECT o.item, coalesce(c.seen, 0) AS seen, coalesce(c.count, 0) AS count, o.index
+        FROM old_items o LEFT JOIN counted c ON o.item = c.item
+        UNION ALL
+        SELECT item, seen, count,
+            CAST(row_number() OVER (ORDER BY count DESC, item) + {before.items} AS INTEGER) AS index FROM added""",
     )
     size = _one_row(engine, "SELECT count(*) AS items FROM items")["items"]
     if not size:
         raise ValueError(f"no item has min_count = {config.min_count} events; lower min_count")
-    names = _number_values(engine, config, "actions", "action") if columns.action else ()
-    context = []
-    first = 1
-    for i, column in enumerate(columns.context):
-        values = _number_values(engine, config, f"context_values_{i}", f"context_{i}", first)
-        context.append((column, values))
-        first += len(values)
+    names = before.action_names
+    if columns.action:
+        old = {name: number for number, name in enumerate(names, start=1)}
+        names += _number_values(engine, config, "actions", "action", old, 1 + len(names))
+    edges = before.rating_edges if before.version else () if names else _rating_edges(engine, config)
     return Vocabulary(
         items=size,
         action_names=names,
-        rating_edges=() if names else _rating_edges(engine, config),
-        gap_edges=GAP_EDGES if columns.time else (),
-        context=tuple(context),
+        rating_edges=edges,
+        gap_edges=GAP_EDGES if columns.time and not before.version else before.gap_edges,
+        context=_number_context(engine, config, columns, previous),
         min_count=config.min_count,
+        version=before.version + 1,
+        extends=previous.hash or None,
     )
 
 
@@ -160,7 +167,7 @@ def kept_events(config: FeaturesConfig, vocabulary: Vocabulary) -> str:
     if vocabulary.action_names:
         joins += " LEFT JOIN actions a ON l.action = a.value"
         ids += ", coalesce(a.id, 0) AS action"
-    for k in range(len(vocabulary.context)):
+    for k in range(len(vocabulary.context_columns)):
         joins += f" LEFT JOIN context_values_{k} c{k} ON l.context_{k} = c{k}.value"
         ids += f", coalesce(c{k}.id, 0) AS context_{k}"
     return f"""
@@ -253,17 +260,37 @@ def _rating_edges(engine: Engine, config: FeaturesConfig) -> tuple[float, ...]:
     return rating_edges(ratings, found["count"].to_numpy(), config.rating_buckets) if len(ratings) else ()
 
 
-def _number_values(engine: Engine, config: FeaturesConfig, table: str, column: str, first: int = 1) -> tuple[str, ...]:
+def _number_context(
+    engine: Engine, config: FeaturesConfig, columns: LogColumns, previous: Previous
+) -> tuple[ContextIds, ...]:
+    runs = list(previous.vocabulary.context)
+    for i, column in enumerate(columns.context):
+        first = 1 + sum(run.size for run in runs)
+        values = _number_values(engine, config, f"context_values_{i}", f"context_{i}", previous.ids_of(column), first)
+        if values or not previous.vocabulary.version:
+            runs.append(ContextIds(column, values))
+    return tuple(runs)
+
+
+def _number_values(
+    engine: Engine, config: FeaturesConfig, table: str, column: str, old: dict[str, int], first: int
+) -> tuple[str, ...]:
+    """Make `table` (value, id) of `old` and of the other values that reach min_count, which get ids from `first` on and
+    are returned in their order."""
+    ids = pa.array(old.values(), pa.int32())
+    engine.put(f"old_{table}", pa.table({"value": pa.array(old, pa.string()), "id": ids}))
     engine.create(
         table,
         f"""
         WITH counted AS (
             SELECT {column} AS value, count(*) AS count FROM {_counted(config)} WHERE {column} IS NOT NULL
-            GROUP BY {column} HAVING count(*) >= {config.min_count})
+            GROUP BY {column} HAVING count(*) >= {config.min_count}),
+        added AS (SELECT value, count FROM counted ANTI JOIN old_{table} USING (value))
+        SELECT value, id FROM old_{table} UNION ALL
         SELECT value, CAST(row_number() OVER (ORDER BY count DESC, value) + {first - 1} AS INTEGER) AS id
-        FROM counted""",
+        FROM added""",
     )
-    return tuple(engine.fetch(f"SELECT value FROM {table} ORDER BY id")["value"].to_pylist())
+    return tuple(engine.fetch(f"SELECT value FROM {table} WHERE id >= {first} ORDER BY id")["value"].to_pylist())
 
 
 def _one_row(engine: Engine, query: str) -> dict[str, Any]:

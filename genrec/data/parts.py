@@ -79,7 +79,7 @@ def _sequences(vocabulary: Vocabulary, events: pa.Table) -> EventSequences:
         ratings=ratings,
         timestamps=events["time"].to_numpy() if vocabulary.gap_edges else None,
         actions=events["action"].to_numpy() if vocabulary.action_names else None,
-        context=[events[f"context_{k}"].to_numpy() for k in range(len(vocabulary.context))],
+        context=[events[f"context_{k}"].to_numpy() for k in range(len(vocabulary.context_columns))],
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from genrec.data.context import ContextIds, context_from_json
 from genrec.data.files import atomic_file
 from genrec.interfaces import EventSequences, TokenType
 
@@ -28,8 +29,11 @@ class Vocabulary:
         float, ...
     ]  # lower bounds of the rating buckets; empty where actions have names or there are none
     gap_edges: tuple[int, ...]  # seconds, lower bounds of the gap buckets; empty where the log has no times
-    context: tuple[tuple[str, tuple[str, ...]], ...]  # (column, its values); ids run on from column to column
+    context: tuple[ContextIds, ...]  # ids run on from one to the next
     min_count: int
+    version: int = 1  # how many vocabularies there were, each an extension of the one before
+    hash: str = ""  # genrec.data.catalogue.vocabulary_hash; empty where vocabulary.json is older than that
+    extends: str | None = None  # hash of the version before
 
     @property
     def type_sizes(self) -> tuple[int, ...]:
@@ -39,8 +43,13 @@ class Vocabulary:
             1 + self.items,
             1 + actions,
             1 + len(self.gap_edges),
-            1 + sum(len(values) for _, values in self.context),
+            1 + sum(run.size for run in self.context),
         )
+
+    @property
+    def context_columns(self) -> tuple[str, ...]:
+        """The columns that CONTEXT tokens are made of, one token of each per event."""
+        return tuple(dict.fromkeys(run.column for run in self.context))
 
     def meaning(self) -> dict[str, Any]:
         """What the ids of actions, gaps and contexts stand for."""
@@ -48,7 +57,7 @@ class Vocabulary:
             "action_names": list(self.action_names),
             "rating_edges": list(self.rating_edges),
             "gap_edges": list(self.gap_edges),
-            "context": [{"column": column, "values": list(values)} for column, values in self.context],
+            "context": [run.to_json() for run in self.context],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +66,9 @@ class Vocabulary:
             "special_ids": {"unknown": 0},
             **self.meaning(),
             "min_count": self.min_count,
+            "version": self.version,
+            "hash": self.hash,
+            "extends": self.extends,
         }
 
     def save(self, directory: Path) -> None:
@@ -77,8 +89,11 @@ def load_vocabulary(directory: Path | str) -> Vocabulary:
             action_names=tuple(value["action_names"]),
             rating_edges=tuple(value["rating_edges"]),
             gap_edges=tuple(value["gap_edges"]),
-            context=tuple((column["column"], tuple(column["values"])) for column in value["context"]),
+            context=tuple(map(context_from_json, value["context"])),
             min_count=value["min_count"],
+            version=value.get("version", 1),
+            hash=value.get("hash", ""),
+            extends=value.get("extends"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a vocabulary ({error!r}); run genrec features again") from None
@@ -114,7 +129,7 @@ def encode_events(
             else gap_bucket(vocabulary.gap_edges, timestamps, cu_events)
         )
         kinds.append((TokenType.TIME, gaps))
-    columns = context or [np.zeros(events, np.int32)] * len(vocabulary.context)
+    columns = context or [np.zeros(events, np.int32)] * len(vocabulary.context_columns)
     kinds += [(TokenType.CONTEXT, ids) for ids in columns]
     number = np.arange(events) - np.repeat(cu_events[:-1], np.diff(cu_events))
     return EventSequences(

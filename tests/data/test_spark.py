@@ -113,6 +113,19 @@ def test_awkward_log(engine, tmp_path, settings):
 
 
 @needs_java
+def test_extended_vocabulary(engine, tmp_path):
+    """Items, actions and context values that are known, gone and new."""
+    rows = awkward_rows()
+    (tmp_path / "old.csv").write_text(text_of([row for row in rows[:200] if row[4] != "buy"], ","))
+    (tmp_path / "new.csv").write_text(text_of(rows[200:], ","))
+    settings = {"action": "did", "context": ["device"], "min_count": 3, "max_malformed": 600, "cooccurrence_dim": 8}
+    build_features(FeaturesConfig(tmp_path / "old.csv", tmp_path / "old", text_dim=0, **settings))
+    assert_the_same(tmp_path, tmp_path / "new.csv", extend=tmp_path / "old", **settings)
+    written = json.loads((tmp_path / "spark" / "vocabulary.json").read_text())
+    assert (written["version"], written["action_names"]) == (2, ["view", "buy"])
+
+
+@needs_java
 @pytest.mark.parametrize(
     ("content", "message"),
     [

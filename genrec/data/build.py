@@ -50,7 +50,7 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
                 sources = open_sources(files)
                 columns = choose_log_columns(config, sources[0])
                 if config.extend:
-                    previous.check(columns, config.extend)
+                    previous.check(config, columns, config.extend)
                 engine.read_events(sources, columns)
                 report_malformed(engine.fetch(first_malformed("parsed")), files, malformed)
                 read_items(connection, config, columns.item, malformed)

@@ -36,6 +36,12 @@ class FeaturesConfig:
     """Column that names the behaviour (view, buy, …) and becomes the action token; without it the rating does."""
     context: list[str] = field(default_factory=list)
     """Columns of the log that become context tokens, one token per column and event."""
+    weight: str | None = None
+    """Column of a number (play time, price, quantity) that becomes a context token, by its bucket."""
+    session_gap: int = 0
+    """Seconds without an event that end a session; the place in the session is then a context token. 0: none."""
+    hash_buckets: int = 0
+    """Of items that are out of vocabulary a hash of the id, in so many buckets, becomes a context token. 0: none."""
     title: str | None = None
     """Column of the item file to show to people; recognised by its usual names if not given."""
     text: list[str] | None = None
@@ -64,6 +70,8 @@ class FeaturesConfig:
     """Directory of older features: its ids keep their meaning, whatever else reaches min_count gets ids behind them."""
     rating_buckets: int = 10
     """Most action tokens made from ratings: one per distinct rating, or as many quantiles if there are more."""
+    weight_buckets: int = 10
+    """Most buckets of the weight: one per distinct number, or as many quantiles of the training events."""
     text_dim: int = 128
     """Feature dimensions from item text; all of text_dim + cooccurrence_dim where nothing co-occurs."""
     cooccurrence_dim: int = 128
@@ -94,7 +102,7 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         least = {"max_malformed": 0, "min_events": 1, "max_events": 1, "min_count": 1, "holdout": 0}
         least |= {"rating_buckets": 1, "text_dim": 0, "cooccurrence_dim": 0, "window": 1, "rows_per_file": 1}
-        least |= {"max_pairs": 1}
+        least |= {"max_pairs": 1, "weight_buckets": 1, "session_gap": 0, "hash_buckets": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")

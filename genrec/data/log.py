@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from genrec.data.buckets import quantile_edges
 from genrec.data.config import FeaturesConfig
 from genrec.data.context import ContextIds
 from genrec.data.engine import Engine
-from genrec.data.previous import Previous
+from genrec.data.previous import Previous, context_without_ids
 from genrec.data.readers import LogColumns
 from genrec.data.split import PARTS, ByTime, time_text
-from genrec.data.vocabulary import GAP_EDGES, Vocabulary, rating_edges
+from genrec.data.vocabulary import GAP_EDGES, Vocabulary
 
 _PLACES_PER_BUCKET = 20  # bits
+_TRAINING = "(SELECT * FROM log WHERE trains) AS training"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class LogCounts:
 
 
 def order_log(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> LogCounts:
-    """From `parsed` make `log` (user number, user_id, item, rating, time, action, context_0 …, n, kept, trains): n
+    """From `parsed` make `log` (user number, user_id, item, rating, weight, time, action, context_0 …, n, kept,
+    trains): n
     counts a user's events from 0 in the order of time and then of the files; time in seconds; kept tells what
     max_events leaves, trains what neither validation nor test holds; user_id only with the first event that is kept.
     Users are numbered in the order in which the files first mention them. `parsed` is dropped.
@@ -46,6 +49,10 @@ def order_log(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> Lo
         if columns.time is None:
             raise ValueError(f"split is time, but {config.events_name} has no column of times; pass --time")
         later, trains = f"{seconds} >= {split.valid_from}", f"{seconds} < {split.valid_from}"
+    if config.session_gap and columns.time is None:
+        raise ValueError(
+            f"session_gap is {config.session_gap}, but {config.events_name} has no column of times; pass --time"
+        )
     engine.create(
         "all_users",
         f"""
@@ -65,7 +72,7 @@ def order_log(engine: Engine, config: FeaturesConfig, columns: LogColumns) -> Lo
         SELECT user, events, later, before + row_number() OVER (PARTITION BY bucket ORDER BY place) - 1 AS number
         FROM usual JOIN buckets USING (bucket)""",
     )
-    names = ["action", *(f"context_{i}" for i in range(len(columns.context)))]
+    names = ["action", "weight", *(f"context_{i}" for i in range(len(columns.context)))]
     others = "".join(f", {name}" for name in names)
     engine.create(
         "log",
@@ -146,7 +153,13 @@ def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns
     if columns.action:
         old = {name: number for number, name in enumerate(names, start=1)}
         names += _number_values(engine, config, "actions", "action", old, 1 + len(names))
-    edges = before.rating_edges if before.version else () if names else _rating_edges(engine, config)
+    edges = (
+        before.rating_edges
+        if before.version
+        else ()
+        if names
+        else _edges(engine, _counted(config), "rating", config.rating_buckets)
+    )
     return Vocabulary(
         items=size,
         action_names=names,
@@ -161,12 +174,16 @@ def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns
 
 def kept_events(config: FeaturesConfig, vocabulary: Vocabulary) -> str:
     """SQL for the last max_events of every user in `log`: part, user, n, user_id (with the first of them only), rating,
-    time, and item, action, context_0 … as ids."""
+    time, item, action, context_0 … as ids, and as far as the vocabulary needs them unknown_item and weight."""
     joins = "LEFT JOIN items i ON l.item = i.item"
     ids = "coalesce(i.index, 0) AS item"
     if vocabulary.action_names:
         joins += " LEFT JOIN actions a ON l.action = a.value"
         ids += ", coalesce(a.id, 0) AS action"
+    if any(run.kind == "hash" for run in vocabulary.context):
+        ids += ", CASE WHEN i.index IS NULL THEN l.item END AS unknown_item"
+    if any(run.kind == "weight" for run in vocabulary.context):
+        ids += ", l.weight"
     for k in range(len(vocabulary.context_columns)):
         joins += f" LEFT JOIN context_values_{k} c{k} ON l.context_{k} = c{k}.value"
         ids += f", coalesce(c{k}.id, 0) AS context_{k}"
@@ -249,15 +266,14 @@ def _ticks_per_second(engine: Engine) -> int:
 
 def _counted(config: FeaturesConfig) -> str:
     """The events that say what there is: with split time only those that train."""
-    return "(SELECT * FROM log WHERE trains) AS counted_log" if config.split == "time" else "log"
+    return _TRAINING if config.split == "time" else "log"
 
 
-def _rating_edges(engine: Engine, config: FeaturesConfig) -> tuple[float, ...]:
+def _edges(engine: Engine, log: str, column: str, most: int) -> tuple[float, ...]:
     found = engine.fetch(f"""
-        SELECT rating, count(*) AS count FROM {_counted(config)} WHERE rating IS NOT NULL
-        GROUP BY rating ORDER BY rating""")
-    ratings = found["rating"].to_numpy().astype(np.float32)
-    return rating_edges(ratings, found["count"].to_numpy(), config.rating_buckets) if len(ratings) else ()
+        SELECT {column}, count(*) AS count FROM {log} WHERE {column} IS NOT NULL GROUP BY {column} ORDER BY {column}""")
+    values = found[column].to_numpy().astype(np.float32)
+    return quantile_edges(values, found["count"].to_numpy(), most) if len(values) else ()
 
 
 def _number_context(
@@ -269,6 +285,12 @@ def _number_context(
         values = _number_values(engine, config, f"context_values_{i}", f"context_{i}", previous.ids_of(column), first)
         if values or not previous.vocabulary.version:
             runs.append(ContextIds(column, values))
+    if previous.vocabulary.version:
+        return tuple(runs)
+    for run in context_without_ids(config, columns)[len(columns.context) :]:
+        if run.kind == "weight":
+            run = replace(run, edges=_edges(engine, _TRAINING, "weight", config.weight_buckets))
+        runs.append(run)
     return tuple(runs)
 
 

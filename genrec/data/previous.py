@@ -9,8 +9,22 @@ import numpy as np
 import pyarrow as pa
 
 from genrec.data.catalogue import load_catalogue, vocabulary_hash
+from genrec.data.config import FeaturesConfig
+from genrec.data.context import SESSION_EDGES, ContextIds
 from genrec.data.readers import LogColumns
 from genrec.data.vocabulary import Vocabulary, load_vocabulary
+
+
+def context_without_ids(config: FeaturesConfig, columns: LogColumns) -> list[ContextIds]:
+    """The CONTEXT tokens that an event gets, before their values are numbered and their edges known."""
+    tokens = [ContextIds(column) for column in columns.context]
+    if config.hash_buckets:
+        tokens.append(ContextIds("item", kind="hash", buckets=config.hash_buckets))
+    if columns.weight:
+        tokens.append(ContextIds(columns.weight, kind="weight"))
+    if config.session_gap:
+        tokens.append(ContextIds("time", kind="session", edges=SESSION_EDGES, gap=config.session_gap))
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -26,12 +40,12 @@ class Previous:
         ids: dict[str, int] = {}
         first = 1
         for run in self.vocabulary.context:
-            if run.column == column:
+            if run.kind == "values" and run.column == column:
                 ids |= {value: first + place for place, value in enumerate(run.values)}
             first += run.size
         return ids
 
-    def check(self, columns: LogColumns, directory: Path) -> None:
+    def check(self, config: FeaturesConfig, columns: LogColumns, directory: Path) -> None:
         """ValueError unless events have the tokens that they had."""
         kinds = (
             ("actions", bool(self.vocabulary.action_names), columns.action is not None),
@@ -41,11 +55,11 @@ class Previous:
             if before != now:
                 with_or_without = "without" if now else "with"
                 raise ValueError(f"extend: {directory} was made {with_or_without} {name}; expected the same columns")
-        context = self.vocabulary.context_columns
-        if context != columns.context:
+        context = [run.token for run in self.vocabulary.context_tokens]
+        wanted = [run.token for run in context_without_ids(config, columns)]
+        if context != wanted:
             raise ValueError(
-                f"extend: {directory} was made with context {list(context)}; expected the same, not "
-                f"{list(columns.context)}"
+                f"extend: {directory} was made with the context tokens {context}; expected the same, not {wanted}"
             )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genrec.data.context import ContextIds, context_from_json
+from genrec.data.buckets import gap_bucket, value_bucket
+from genrec.data.context import ContextIds, context_from_json, context_tokens, first_runs
 from genrec.data.files import atomic_file
 from genrec.interfaces import EventSequences, TokenType
 
@@ -47,9 +48,14 @@ class Vocabulary:
         )
 
     @property
+    def context_tokens(self) -> tuple[ContextIds, ...]:
+        """The CONTEXT tokens of every event, each as its first run of ids."""
+        return tuple(run for _, run in first_runs(self.context))
+
+    @property
     def context_columns(self) -> tuple[str, ...]:
-        """The columns that CONTEXT tokens are made of, one token of each per event."""
-        return tuple(dict.fromkeys(run.column for run in self.context))
+        """The columns whose values are CONTEXT tokens."""
+        return tuple(run.column for run in self.context_tokens if run.kind == "values")
 
     def meaning(self) -> dict[str, Any]:
         """What the ids of actions, gaps and contexts stand for."""
@@ -108,12 +114,15 @@ def encode_events(
     timestamps: NDArray[np.int64] | None = None,
     actions: NDArray[np.int32] | None = None,
     context: Sequence[NDArray[np.int32]] = (),
+    unknown_items: NDArray[np.object_] | None = None,
+    weights: NDArray[np.float32] | None = None,
 ) -> EventSequences:
-    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and one CONTEXT per column, as
-    far as the vocabulary has them.
+    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and the CONTEXT tokens, as far
+    as the vocabulary has them.
 
-    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions and each context (E,), context ids as in
-    the vocabulary. What is not given is unknown (id 0, rating NaN, timestamp 0).
+    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions (E,); context: (E,) ids as in the
+    vocabulary for each of its context_columns; unknown_items (E,) the log's ids of items whose item_ids are 0, else
+    None; weights (E,). What is not given is unknown (id 0, rating NaN, timestamp 0).
     """
     events = len(item_ids)
     ratings = np.full(events, np.nan, np.float32) if ratings is None else ratings
@@ -121,7 +130,7 @@ def encode_events(
     if vocabulary.action_names:
         kinds.append((TokenType.ACTION, np.zeros(events, np.int32) if actions is None else actions))
     elif vocabulary.rating_edges:
-        kinds.append((TokenType.ACTION, rating_bucket(vocabulary.rating_edges, ratings)))
+        kinds.append((TokenType.ACTION, value_bucket(vocabulary.rating_edges, ratings)))
     if vocabulary.gap_edges:
         gaps = (
             np.zeros(events, np.int32)
@@ -129,8 +138,8 @@ def encode_events(
             else gap_bucket(vocabulary.gap_edges, timestamps, cu_events)
         )
         kinds.append((TokenType.TIME, gaps))
-    columns = context or [np.zeros(events, np.int32)] * len(vocabulary.context_columns)
-    kinds += [(TokenType.CONTEXT, ids) for ids in columns]
+    tokens = context_tokens(vocabulary.context, cu_events, context, unknown_items, weights, timestamps)
+    kinds += [(TokenType.CONTEXT, ids) for ids in tokens]
     number = np.arange(events) - np.repeat(cu_events[:-1], np.diff(cu_events))
     return EventSequences(
         user_ids=user_ids,
@@ -143,30 +152,3 @@ def encode_events(
         ratings=ratings,
         timestamps=np.zeros(events, np.int64) if timestamps is None else timestamps,
     )
-
-
-def rating_edges(ratings: NDArray[np.float32], counts: NDArray[np.int64], most: int) -> tuple[float, ...]:
-    """Lower bounds of at most `most` buckets: the distinct ratings (ascending, with how often each was given), or
-    quantiles if there are more."""
-    if len(ratings) > most:
-        share = (np.cumsum(counts) - counts) / counts.sum()  # of the ratings below each distinct one
-        bucket = np.floor(share * most)
-        ratings = ratings[np.concatenate([[True], bucket[1:] != bucket[:-1]])]
-    return tuple(float(str(rating)) for rating in ratings)  # the shortest decimal that gives this float32 back
-
-
-def rating_bucket(edges: tuple[float, ...], ratings: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Number of edges ≤ rating; 0 where the rating is NaN."""
-    bucket = np.searchsorted(np.array(edges, np.float32), ratings, side="right")
-    return np.where(np.isnan(ratings), 0, bucket).astype(np.int32)
-
-
-def gap_bucket(
-    edges: tuple[int, ...], timestamps: NDArray[np.int64], cu_events: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    """Bucket of the seconds since the user's event before; 0 for the first event."""
-    gaps = np.diff(timestamps, prepend=timestamps[:1])
-    bucket = np.searchsorted(np.array(edges, np.int64), gaps, side="right").astype(np.int32)
-    starts = cu_events[:-1][np.diff(cu_events) > 0]
-    bucket[starts] = 0
-    return bucket

@@ -130,7 +130,11 @@ def test_tokenizer_goes_along(tmp_path, movielens):
     [
         ({"action": None}, "v1 was made with actions; expected the same columns"),
         ({"time": ""}, "v1 was made with times; expected the same columns"),
-        ({"context": ["shop"]}, "v1 was made with context ['device', 'shop']; expected the same, not ['shop']"),
+        (
+            {"context": ["shop"]},
+            "v1 was ['values of device', 'values of shop']; expected the same, not ['values of shop']",
+        ),
+        ({"hash_buckets": 5}, "expected the same, not ['values of device', 'values of shop', 'hash of item in 5 bu"),
     ],
 )
 def test_other_columns_are_refused(tmp_path, changes, message):

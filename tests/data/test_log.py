@@ -118,7 +118,7 @@ def test_columns_can_be_named_and_left_out(build, read_back):
     directory, summary = build({"log.csv": content}, "log.csv", user="who", item="what", rating="", time="")
     assert read_back(directory) == {"x": [("a", None, 0), ("b", None, 0)]}
     assert summary["columns"] == {
-        "user": "who", "item": "what", "rating": None, "time": None, "action": None, "context": []
+        "user": "who", "item": "what", "rating": None, "time": None, "action": None, "context": [], "weight": None
     }  # fmt: skip
     assert load_vocabulary(directory).type_sizes == (3, 1, 1, 1)
 

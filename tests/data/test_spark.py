@@ -92,6 +92,7 @@ def text_of(rows, delimiter):
         {"action": "did", "context": ["device", "day"], "min_count": 3, "window": 3},
         {"time": "", "min_events": 1, "holdout": 0, "format": "tfrecord", "max_pairs": 5},
         {"split": "time", "valid_from": 10**9 + 1, "test_from": 10**9 + 3, "max_events": 3, "min_count": 2},
+        {"weight": "rating", "weight_buckets": 3, "session_gap": 1, "hash_buckets": 7, "min_count": 40},
     ],
 )
 def test_awkward_log(engine, tmp_path, settings):

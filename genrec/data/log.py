@@ -128,43 +128,20 @@ def build_vocabulary(engine: Engine, config: FeaturesConfig, columns: LogColumns
     include_unseen, items of table `described_items` that are nowhere in these events follow. Ids of `previous` stay,
     whatever the log says of them, and numbers go on behind them.
     """
-    before, log = previous.vocabulary, _counted(config)
-    unseen = "SELECT item, 0 AS seen, 0 AS count FROM described_items ANTI JOIN counted USING (item) UNION ALL"
-    engine.put("old_items", previous.items.select(["item", "index"]))
-    engine.create(
-        "items",
-        f"""
-        WITH counted AS (
-            SELECT item, count(*) AS seen, count(*) FILTER (WHERE trains) AS count FROM {log} GROUP BY item),
-        wanted AS (
-            {unseen if config.include_unseen else ""}
-            SELECT item, seen, count FROM counted WHERE seen >= {config.min_count}),
-        added AS (SELECT item, seen, count FROM wanted ANTI JOIN old_items USING (item))
-        SELECT o.item, coalesce(c.seen, 0) AS seen, coalesce(c.count, 0) AS count, o.index
-        FROM old_items o LEFT JOIN counted c ON o.item = c.item
-        UNION ALL
-        SELECT item, seen, count,
-            CAST(row_number() OVER (ORDER BY count DESC, item) + {before.items} AS INTEGER) AS index FROM added""",
-    )
-    size = _one_row(engine, "SELECT count(*) AS items FROM items")["items"]
-    if not size:
-        raise ValueError(f"no item has min_count = {config.min_count} events; lower min_count")
+    size, before = _number_items(engine, config, previous), previous.vocabulary
     names = before.action_names
     if columns.action:
         old = {name: number for number, name in enumerate(names, start=1)}
         names += _number_values(engine, config, "actions", "action", old, 1 + len(names))
-    edges = (
-        before.rating_edges
-        if before.version
-        else ()
-        if names
-        else _edges(engine, _counted(config), "rating", config.rating_buckets)
-    )
+    ratings, gaps = before.rating_edges, before.gap_edges
+    if not before.version:
+        ratings = () if names else _edges(engine, _counted(config), "rating", config.rating_buckets)
+        gaps = GAP_EDGES if columns.time else ()
     return Vocabulary(
         items=size,
         action_names=names,
-        rating_edges=edges,
-        gap_edges=GAP_EDGES if columns.time and not before.version else before.gap_edges,
+        rating_edges=ratings,
+        gap_edges=gaps,
         context=_number_context(engine, config, columns, previous),
         min_count=config.min_count,
         version=before.version + 1,
@@ -274,6 +251,36 @@ def _edges(engine: Engine, log: str, column: str, most: int) -> tuple[float, ...
         SELECT {column}, count(*) AS count FROM {log} WHERE {column} IS NOT NULL GROUP BY {column} ORDER BY {column}""")
     values = found[column].to_numpy().astype(np.float32)
     return quantile_edges(values, found["count"].to_numpy(), most) if len(values) else ()
+
+
+def _number_items(engine: Engine, config: FeaturesConfig, previous: Previous) -> int:
+    """Make `items`; how many there are."""
+    unseen = "SELECT item, 0 AS seen, 0 AS count FROM described_items ANTI JOIN item_counts USING (item) UNION ALL"
+    engine.put("old_items", previous.items.select(["item", "index"]))
+    engine.create(
+        "item_counts",
+        f"""
+        SELECT item, count(*) AS seen, count(*) FILTER (WHERE trains) AS count FROM {_counted(config)} GROUP BY item""",
+    )
+    engine.create(
+        "items",
+        f"""
+        WITH wanted AS (
+            {unseen if config.include_unseen else ""}
+            SELECT item, seen, count FROM item_counts WHERE seen >= {config.min_count}),
+        added AS (SELECT item, seen, count FROM wanted ANTI JOIN old_items USING (item))
+        SELECT o.item, coalesce(c.seen, 0) AS seen, coalesce(c.count, 0) AS count, o.index
+        FROM old_items o LEFT JOIN item_counts c ON o.item = c.item
+        UNION ALL
+        SELECT item, seen, count, CAST(
+            row_number() OVER (ORDER BY count DESC, item) + {previous.vocabulary.items} AS INTEGER) AS index
+        FROM added""",
+    )
+    engine.drop("item_counts", "old_items")
+    size = _one_row(engine, "SELECT count(*) AS items FROM items")["items"]
+    if not size:
+        raise ValueError(f"no item has min_count = {config.min_count} events; lower min_count")
+    return size
 
 
 def _number_context(

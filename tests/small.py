@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,11 @@ def sequences(
         ratings=np.array(said, np.float32),
         timestamps=np.zeros(len(items), np.int64),
     )
+
+
+def with_times(sequences: EventSequences, times: Sequence[int]) -> EventSequences:
+    """The same events at these times, in unix seconds."""
+    return replace(sequences, timestamps=np.array(times, np.int64))
 
 
 def random_users(users: int, items: int, longest: int, seed: int = 0, least: int = 1) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Measure a trained model on every user's last event, beside popularity and an item-transition counter.
+"""Measure a trained model on every user's test event, beside popularity and an item-transition counter.
 
 genrec evaluate --model runs/demo/model
 
@@ -21,6 +21,7 @@ from rich.table import Table
 import genrec
 from genrec.data.files import atomic_file
 from genrec.data.sequences import load_sequences, take_users
+from genrec.data.split import split_from_json
 from genrec.evaluation.comparison import Comparison, compare, summary
 from genrec.evaluation.report import NAMES, Example, ReportData, verdict, write_report
 from genrec.generation import Recommender
@@ -53,7 +54,9 @@ def run(config: Config) -> None:
         raise ValueError(f"{config.model / 'model.json'} was not written by genrec train; expected a finished run")
     features = config.features or trained_on(config.model)
     sequences, catalogue = load_sequences(features), load_catalogue_of(config.model, features)
-    comparison = compare(model, recommender, sequences, record["data"]["held_out"], config.liked_from)
+    comparison = compare(
+        model, recommender, sequences, record["data"]["held_out"], config.liked_from, split_from_json(record["data"])
+    )
     out = config.out or config.model.parent
     results = summary(comparison) | {"alpha": recommender.alpha, "beams": recommender.beams}
     results["parameters"] = sum(parameter.numel() for parameter in model.parameters())

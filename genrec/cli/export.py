@@ -90,7 +90,7 @@ def write_onnx(config: Config, trained: TrainedRun, out: Path) -> dict[str, Any]
     if config.include_seen is not None:
         given["exclude_seen"] = not config.include_seen
     recommender = Recommender(trained.model, replace(trained.settings, **given))
-    columns = len(load_vocabulary(trained.features).context)
+    columns = len(load_vocabulary(trained.features).context_tokens)
     sequences = load_sequences(trained.features)
     users = take_users(sequences, np.unique(np.linspace(0, len(sequences) - 1, num=CHECKED_USERS, dtype=int)))
     with Console(stderr=True).status("tracing the graph, then comparing it with PyTorch"):

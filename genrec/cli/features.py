@@ -27,6 +27,8 @@ def _table(config: Config, summary: dict[str, Any]) -> Table:
     table = Table(title=f"{config.out}", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name in ("users", "items", "events", "cut_events", "dropped_users", "malformed_lines"):
-        table.add_row(name.replace("_", " "), f"{summary[name]:,}")
+    by_time = ("training_events", "valid_users", "test_users")
+    for name in ("users", "items", "events", *by_time, "cut_events", "dropped_users", "malformed_lines"):
+        if name in summary:
+            table.add_row(name.replace("_", " "), f"{summary[name]:,}")
     return table

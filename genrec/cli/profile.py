@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from genrec.data.chunks import stream_sequences
-from genrec.data.sequences import leave_out, load_sequences, take_users
+from genrec.data.sequences import load_sequences, take_users
+from genrec.data.split import load_split
 from genrec.generation import Recommender
 from genrec.generation.storage import load_model, trained_on
 from genrec.profiling.operators import OperatorConfig, operator_call
@@ -93,7 +94,8 @@ Step = tuple[Callable[[int], object], torch.device]
 
 def _train(config: Train) -> Step:
     model = build_model(config).to(training_device(config.device))
-    events = stream_sequences(config.features, config.chunk_events).map(lambda chunk: leave_out(chunk, 2)[0])
+    split = load_split(config.features)
+    events = stream_sequences(config.features, config.chunk_events).map(lambda chunk: split.cut(chunk, "valid")[0])
     stage = build_stage(config.stage, config, model, events)
     if config.compile:
         model.compile_layers()

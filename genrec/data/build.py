@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from genrec.data.catalogue import save_catalogue
+from genrec.data.catalogue import save_catalogue, vocabulary_hash
 from genrec.data.config import FeaturesConfig
 from genrec.data.engine import DuckEngine, Engine, local_database
 from genrec.data.files import atomic_directory
@@ -23,9 +24,11 @@ from genrec.data.formats import open_sources
 from genrec.data.inputs import find_files
 from genrec.data.item_features import item_features
 from genrec.data.lines import Malformed
-from genrec.data.log import LogCounts, build_vocabulary, count_pairs, kept_events, order_log
+from genrec.data.log import LogCounts, build_vocabulary, count_pairs, count_split, kept_events, order_log
 from genrec.data.parts import SequenceParts
+from genrec.data.previous import Previous, load_previous, nothing_before
 from genrec.data.readers import LogColumns, choose_log_columns, first_malformed, read_items, report_malformed
+from genrec.data.split import ByTime, save_split
 from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue
 
@@ -38,11 +41,16 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
     malformed = Malformed(config.max_malformed)
     files, item_files = find_files(config.events), find_files(config.items) if config.items else []
     inputs = [file.path for file in (*files, *item_files)]
+    previous = load_previous(config.extend) if config.extend else nothing_before()
+    if config.extend and config.extend.resolve() != config.out.resolve():  # it may be extended in place
+        inputs.append(config.extend)
     with atomic_directory(config.out, config.overwrite, inputs) as directory:
         with local_database(config) as connection, _engine(config, connection) as engine:
             with _step(f"reading {config.events_name}"):
                 sources = open_sources(files)
                 columns = choose_log_columns(config, sources[0])
+                if config.extend:
+                    previous.check(config, columns, config.extend)
                 engine.read_events(sources, columns)
                 report_malformed(engine.fetch(first_malformed("parsed")), files, malformed)
                 read_items(connection, config, columns.item, malformed)
@@ -50,16 +58,21 @@ def build_features(config: FeaturesConfig) -> dict[str, Any]:
                     engine.put("described_items", connection.sql("SELECT item FROM item_file").to_arrow_table())
             with _step("ordering and counting events"):
                 counts = order_log(engine, config, columns)
-                vocabulary = build_vocabulary(engine, config, columns)
-                items = _items(engine, connection, config)
+                split = config.cuts()
+                split_counts = count_split(engine, split) if isinstance(split, ByTime) else {}
+                vocabulary = build_vocabulary(engine, config, columns, previous)
+                items = _items(engine, connection, config, previous)
             with _step("writing sequences"):
                 _write_sequences(engine, config, vocabulary, counts.users, directory)
             with _step("counting pairs of items"):
                 pairs = count_pairs(engine, config) if config.cooccurrence_dim else None
         with _step(f"making features of {vocabulary.items:,} items"):  # in the memory that the engine gave back
-            save_catalogue(directory, _catalogue(items, pairs, config))
+            catalogue = _catalogue(items, pairs, config)
+            save_catalogue(directory, catalogue)
+        vocabulary = replace(vocabulary, hash=vocabulary_hash(catalogue, vocabulary))
         vocabulary.save(directory)
-        summary = _summary(config, columns, counts, vocabulary, malformed)
+        save_split(directory, split)
+        summary = _summary(config, columns, counts, vocabulary, malformed) | split_counts
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         (directory / "summary.json").write_text(text, encoding="utf-8")
     return summary
@@ -85,14 +98,18 @@ def _write_sequences(
     engine.write_parts(kept_events(config, vocabulary), parts.count, parts.write)
 
 
-def _items(engine: Engine, connection: duckdb.DuckDBPyConnection, config: FeaturesConfig) -> pa.Table:
+def _items(
+    engine: Engine, connection: duckdb.DuckDBPyConnection, config: FeaturesConfig, previous: Previous
+) -> pa.Table:
     """item, title, text and count of every item of the vocabulary, in the order of their index."""
+    connection.register("old_titles", previous.items)
     connection.register("known_items", engine.fetch("SELECT item, index, seen, count FROM items"))
     if config.items:
         _require_common_items(connection, config)
     return connection.sql("""
-        SELECT k.item, coalesce(nullif(title, ''), k.item) AS title, coalesce(text, '') AS text, count
-        FROM known_items k LEFT JOIN item_file f ON k.item = f.item ORDER BY index""").to_arrow_table()
+        SELECT k.item, coalesce(nullif(f.title, ''), o.title, k.item) AS title, coalesce(text, '') AS text, count
+        FROM known_items k LEFT JOIN item_file f ON k.item = f.item LEFT JOIN old_titles o ON k.item = o.item
+        ORDER BY k.index""").to_arrow_table()
 
 
 def _catalogue(items: pa.Table, pairs: dict[str, NDArray[Any]] | None, config: FeaturesConfig) -> Catalogue:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from genrec.data.split import ByTime, LeaveOneOut, Split, parse_time
+
 
 @dataclass(frozen=True)
 class FeaturesConfig:
@@ -34,6 +36,12 @@ class FeaturesConfig:
     """Column that names the behaviour (view, buy, …) and becomes the action token; without it the rating does."""
     context: list[str] = field(default_factory=list)
     """Columns of the log that become context tokens, one token per column and event."""
+    weight: str | None = None
+    """Column of a number (play time, price, quantity) that becomes a context token, by its bucket."""
+    session_gap: int = 0
+    """Seconds without an event that end a session; the place in the session is then a context token. 0: none."""
+    hash_buckets: int = 0
+    """Of items that are out of vocabulary a hash of the id, in so many buckets, becomes a context token. 0: none."""
     title: str | None = None
     """Column of the item file to show to people; recognised by its usual names if not given."""
     text: list[str] | None = None
@@ -43,15 +51,27 @@ class FeaturesConfig:
     min_events: int = 3
     """Drop users with fewer events."""
     max_events: int = 200
-    """Keep this many last events of every user."""
+    """Keep this many last events of every user; with split time this many last ones before `valid_from`, and all later
+    ones."""
     min_count: int = 1
     """Items, actions and context values seen fewer times become the out-of-vocabulary id 0."""
     include_unseen: bool = False
     """Also keep items of the item file that the log never mentions, so that they can be recommended."""
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    """What validation and test are: the last two events of every user, or all events from `valid_from` on."""
+    valid_from: str | int | None = None
+    """With split time: when validation begins, a date or time in UTC (2015-01-31, 2015-01-31T12:00) or unix seconds.
+    Nothing from then on is counted, numbered or trained on."""
+    test_from: str | int | None = None
+    """With split time: when the test begins."""
     holdout: int = 2
-    """Last events of every user that item counts and co-occurrence must not see: validation and test."""
+    """With split leave_one_out: last events of every user that item counts and co-occurrence must not see."""
+    extend: Path | None = None
+    """Directory of older features: its ids keep their meaning, whatever else reaches min_count gets ids behind them."""
     rating_buckets: int = 10
     """Most action tokens made from ratings: one per distinct rating, or as many quantiles if there are more."""
+    weight_buckets: int = 10
+    """Most buckets of the weight: one per distinct number, or as many quantiles of the training events."""
     text_dim: int = 128
     """Feature dimensions from item text; all of text_dim + cooccurrence_dim where nothing co-occurs."""
     cooccurrence_dim: int = 128
@@ -82,7 +102,7 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         least = {"max_malformed": 0, "min_events": 1, "max_events": 1, "min_count": 1, "holdout": 0}
         least |= {"rating_buckets": 1, "text_dim": 0, "cooccurrence_dim": 0, "window": 1, "rows_per_file": 1}
-        least |= {"max_pairs": 1}
+        least |= {"max_pairs": 1, "weight_buckets": 1, "session_gap": 0, "hash_buckets": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
@@ -92,6 +112,17 @@ class FeaturesConfig:
             raise ValueError(f"window is {self.window}; expected at most 20")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; expected at least 1")
+        for name in ("valid_from", "test_from"):
+            if (getattr(self, name) is None) == (self.split == "time"):
+                expected = "a time" if self.split == "time" else "none"
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected} with split {self.split}")
+        self.cuts()  # refuses times that are none
+
+    def cuts(self) -> Split:
+        """What `split`, `valid_from` and `test_from` say."""
+        if self.valid_from is None or self.test_from is None:
+            return LeaveOneOut()
+        return ByTime(parse_time("valid_from", self.valid_from), parse_time("test_from", self.test_from))
 
     @property
     def events_name(self) -> str:
@@ -109,7 +140,7 @@ class FeaturesConfig:
         return {name: value for name, value in settings.items() if name not in _NOT_CONTENT}
 
 
-_NOT_CONTENT = {"out", "overwrite", "engine", "spark", "threads", "memory_limit"}
+_NOT_CONTENT = {"out", "overwrite", "extend", "engine", "spark", "threads", "memory_limit"}
 
 
 def _listed(paths: list[Path] | Path | None) -> list[Path]:

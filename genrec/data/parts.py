@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from genrec.data.files import atomic_file
 from genrec.data.sequences import SCHEMA, to_table
@@ -71,6 +72,10 @@ def _sequences(vocabulary: Vocabulary, events: pa.Table) -> EventSequences:
     user = events["user"].to_numpy()
     starts = np.flatnonzero(np.diff(user, prepend=user[0] - 1))
     ratings = pc.fill_null(events["rating"], np.nan).to_numpy().astype(np.float32)
+
+    def of_log(name: str, kind: type) -> NDArray | None:
+        return events[name].to_numpy().astype(kind) if name in events.column_names else None
+
     return encode_events(
         vocabulary,
         user_ids=np.array(events["user_id"].drop_null().to_pylist(), dtype=np.object_),
@@ -79,7 +84,9 @@ def _sequences(vocabulary: Vocabulary, events: pa.Table) -> EventSequences:
         ratings=ratings,
         timestamps=events["time"].to_numpy() if vocabulary.gap_edges else None,
         actions=events["action"].to_numpy() if vocabulary.action_names else None,
-        context=[events[f"context_{k}"].to_numpy() for k in range(len(vocabulary.context))],
+        unknown_items=of_log("unknown_item", np.object_),
+        weights=of_log("weight", np.float32),
+        context=[events[f"context_{k}"].to_numpy() for k in range(len(vocabulary.context_columns))],
     )
 
 

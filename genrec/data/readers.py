@@ -28,6 +28,7 @@ class LogColumns:
     time: str | None
     action: str | None
     context: tuple[str, ...]
+    weight: str | None
 
 
 def choose_log_columns(config: FeaturesConfig, source: Source) -> LogColumns:
@@ -44,13 +45,14 @@ def choose_log_columns(config: FeaturesConfig, source: Source) -> LogColumns:
         time=choose_column("time", config.time, names, path),
         action=require_column("action", config.action, names, path) if config.action else None,
         context=tuple(require_column("context", name, names, path) for name in config.context),
+        weight=require_column("weight", config.weight, names, path) if config.weight else None,
     )
 
 
 def event_schema(columns: LogColumns) -> pa.Schema:
     """Columns of `events_query`."""
     texts = ["user", "item", "action", *(f"context_{i}" for i in range(len(columns.context))), "problem", "quote"]
-    numbers = [("place", pa.int64()), ("rating", pa.float32()), ("time", pa.int64())]
+    numbers = [("place", pa.int64()), ("rating", pa.float32()), ("weight", pa.float32()), ("time", pa.int64())]
     return pa.schema([*numbers, *((name, pa.string()) for name in texts)])
 
 
@@ -68,6 +70,7 @@ def events_query(source: Source, columns: LogColumns, number: int) -> str:
                 {source.field(columns.user)} AS user, {source.field(columns.item)} AS item,
                 {source.field(columns.rating)} AS rating_text, {source.field(columns.time)} AS time_text,
                 TRY_CAST(rating_text AS FLOAT) + 0::FLOAT AS rating, -- makes -0 the 0 that it equals
+                {source.field(columns.weight)} AS weight_text, TRY_CAST(weight_text AS FLOAT) + 0::FLOAT AS weight,
                 coalesce(TRY_CAST(time_text AS BIGINT), TRY_CAST(TRY_CAST(time_text AS DOUBLE) AS BIGINT)) AS time,
                 {source.field(columns.action)} AS action{context} FROM ({source.query})),
         judged AS (
@@ -77,10 +80,12 @@ def events_query(source: Source, columns: LogColumns, number: int) -> str:
                 WHEN item IS NULL OR trim(item) = '' THEN 'has no item'
                 WHEN rating_text IS NOT NULL AND (rating IS NULL OR NOT isfinite(rating))
                     THEN 'has rating ' || left(rating_text, 40) || ', expected a number'
+                WHEN weight_text IS NOT NULL AND (weight IS NULL OR NOT isfinite(weight))
+                    THEN 'has weight ' || left(weight_text, 40) || ', expected a number'
                 WHEN {no_time} THEN 'has time ' || coalesce(left(time_text, 40), '(empty)') || ', expected unix seconds'
                 END AS problem) FROM named)
-        SELECT {", ".join(event_schema(columns).names[:-1])}, CASE WHEN problem IS NOT NULL
-            THEN left(coalesce(text, concat_ws(', ', user, item, rating_text, time_text)), 120) END AS quote
+        SELECT {", ".join(event_schema(columns).names[:-1])}, CASE WHEN problem IS NOT NULL THEN
+            left(coalesce(text, concat_ws(', ', user, item, rating_text, weight_text, time_text)), 120) END AS quote
         FROM judged"""
 
 

@@ -80,14 +80,14 @@ def leave_out(sequences: EventSequences, n: int) -> tuple[EventSequences, NDArra
     long_enough = np.diff(sequences.cu_events) >= n
     targets = np.full(len(sequences), OOV, np.int32)
     targets[long_enough] = sequences.item_ids[ends[long_enough] - n]
-    return _keep_events(sequences, _events_from_end(sequences) > n), targets
+    return keep_events(sequences, _events_from_end(sequences) > n), targets
 
 
 def last_events(sequences: EventSequences, n: int) -> EventSequences:
     """Only the last n events of every user, numbered from 0 again. Raises ValueError if n < 0."""
     if n < 0:
         raise ValueError(f"n is {n}; expected 0 or more events to keep")
-    return _keep_events(sequences, _events_from_end(sequences) <= n)
+    return keep_events(sequences, _events_from_end(sequences) <= n)
 
 
 def take_users(sequences: EventSequences, users: NDArray[np.int64] | Sequence[int]) -> EventSequences:
@@ -146,7 +146,7 @@ def ragged_ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> tupl
     return np.arange(cu_lengths[-1]) + np.repeat(begins - cu_lengths[:-1], lengths), cu_lengths
 
 
-def _keep_events(sequences: EventSequences, keep: NDArray[np.bool_]) -> EventSequences:
+def keep_events(sequences: EventSequences, keep: NDArray[np.bool_]) -> EventSequences:
     """Only the events that `keep` (E,) marks, with their tokens; events are numbered anew."""
     before = _count_before(keep)
     user_of_token = np.repeat(np.arange(len(sequences)), np.diff(sequences.cu_tokens))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from genrec.data.buckets import gap_bucket, value_bucket
+from genrec.data.context import ContextIds, context_from_json, context_tokens, first_runs
 from genrec.data.files import atomic_file
 from genrec.interfaces import EventSequences, TokenType
 
@@ -28,8 +30,11 @@ class Vocabulary:
         float, ...
     ]  # lower bounds of the rating buckets; empty where actions have names or there are none
     gap_edges: tuple[int, ...]  # seconds, lower bounds of the gap buckets; empty where the log has no times
-    context: tuple[tuple[str, tuple[str, ...]], ...]  # (column, its values); ids run on from column to column
+    context: tuple[ContextIds, ...]  # ids run on from one to the next
     min_count: int
+    version: int = 1  # how many vocabularies there were, each an extension of the one before
+    hash: str = ""  # genrec.data.catalogue.vocabulary_hash; empty where vocabulary.json is older than that
+    extends: str | None = None  # hash of the version before
 
     @property
     def type_sizes(self) -> tuple[int, ...]:
@@ -39,8 +44,18 @@ class Vocabulary:
             1 + self.items,
             1 + actions,
             1 + len(self.gap_edges),
-            1 + sum(len(values) for _, values in self.context),
+            1 + sum(run.size for run in self.context),
         )
+
+    @property
+    def context_tokens(self) -> tuple[ContextIds, ...]:
+        """The CONTEXT tokens of every event, each as its first run of ids."""
+        return tuple(run for _, run in first_runs(self.context))
+
+    @property
+    def context_columns(self) -> tuple[str, ...]:
+        """The columns whose values are CONTEXT tokens."""
+        return tuple(run.column for run in self.context_tokens if run.kind == "values")
 
     def meaning(self) -> dict[str, Any]:
         """What the ids of actions, gaps and contexts stand for."""
@@ -48,7 +63,7 @@ class Vocabulary:
             "action_names": list(self.action_names),
             "rating_edges": list(self.rating_edges),
             "gap_edges": list(self.gap_edges),
-            "context": [{"column": column, "values": list(values)} for column, values in self.context],
+            "context": [run.to_json() for run in self.context],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +72,9 @@ class Vocabulary:
             "special_ids": {"unknown": 0},
             **self.meaning(),
             "min_count": self.min_count,
+            "version": self.version,
+            "hash": self.hash,
+            "extends": self.extends,
         }
 
     def save(self, directory: Path) -> None:
@@ -77,8 +95,11 @@ def load_vocabulary(directory: Path | str) -> Vocabulary:
             action_names=tuple(value["action_names"]),
             rating_edges=tuple(value["rating_edges"]),
             gap_edges=tuple(value["gap_edges"]),
-            context=tuple((column["column"], tuple(column["values"])) for column in value["context"]),
+            context=tuple(map(context_from_json, value["context"])),
             min_count=value["min_count"],
+            version=value.get("version", 1),
+            hash=value.get("hash", ""),
+            extends=value.get("extends"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a vocabulary ({error!r}); run genrec features again") from None
@@ -93,12 +114,15 @@ def encode_events(
     timestamps: NDArray[np.int64] | None = None,
     actions: NDArray[np.int32] | None = None,
     context: Sequence[NDArray[np.int32]] = (),
+    unknown_items: NDArray[np.object_] | None = None,
+    weights: NDArray[np.float32] | None = None,
 ) -> EventSequences:
-    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and one CONTEXT per column, as
-    far as the vocabulary has them.
+    """Tokens of events in time order, user after user: per event ITEM, then ACTION, TIME and the CONTEXT tokens, as far
+    as the vocabulary has them.
 
-    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions and each context (E,), context ids as in
-    the vocabulary. What is not given is unknown (id 0, rating NaN, timestamp 0).
+    cu_events (U + 1,); item_ids, ratings, timestamps (unix seconds), actions (E,); context: (E,) ids as in the
+    vocabulary for each of its context_columns; unknown_items (E,) the log's ids of items whose item_ids are 0, else
+    None; weights (E,). What is not given is unknown (id 0, rating NaN, timestamp 0).
     """
     events = len(item_ids)
     ratings = np.full(events, np.nan, np.float32) if ratings is None else ratings
@@ -106,7 +130,7 @@ def encode_events(
     if vocabulary.action_names:
         kinds.append((TokenType.ACTION, np.zeros(events, np.int32) if actions is None else actions))
     elif vocabulary.rating_edges:
-        kinds.append((TokenType.ACTION, rating_bucket(vocabulary.rating_edges, ratings)))
+        kinds.append((TokenType.ACTION, value_bucket(vocabulary.rating_edges, ratings)))
     if vocabulary.gap_edges:
         gaps = (
             np.zeros(events, np.int32)
@@ -114,8 +138,8 @@ def encode_events(
             else gap_bucket(vocabulary.gap_edges, timestamps, cu_events)
         )
         kinds.append((TokenType.TIME, gaps))
-    columns = context or [np.zeros(events, np.int32)] * len(vocabulary.context)
-    kinds += [(TokenType.CONTEXT, ids) for ids in columns]
+    tokens = context_tokens(vocabulary.context, cu_events, context, unknown_items, weights, timestamps)
+    kinds += [(TokenType.CONTEXT, ids) for ids in tokens]
     number = np.arange(events) - np.repeat(cu_events[:-1], np.diff(cu_events))
     return EventSequences(
         user_ids=user_ids,
@@ -128,30 +152,3 @@ def encode_events(
         ratings=ratings,
         timestamps=np.zeros(events, np.int64) if timestamps is None else timestamps,
     )
-
-
-def rating_edges(ratings: NDArray[np.float32], counts: NDArray[np.int64], most: int) -> tuple[float, ...]:
-    """Lower bounds of at most `most` buckets: the distinct ratings (ascending, with how often each was given), or
-    quantiles if there are more."""
-    if len(ratings) > most:
-        share = (np.cumsum(counts) - counts) / counts.sum()  # of the ratings below each distinct one
-        bucket = np.floor(share * most)
-        ratings = ratings[np.concatenate([[True], bucket[1:] != bucket[:-1]])]
-    return tuple(float(str(rating)) for rating in ratings)  # the shortest decimal that gives this float32 back
-
-
-def rating_bucket(edges: tuple[float, ...], ratings: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Number of edges ≤ rating; 0 where the rating is NaN."""
-    bucket = np.searchsorted(np.array(edges, np.float32), ratings, side="right")
-    return np.where(np.isnan(ratings), 0, bucket).astype(np.int32)
-
-
-def gap_bucket(
-    edges: tuple[int, ...], timestamps: NDArray[np.int64], cu_events: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    """Bucket of the seconds since the user's event before; 0 for the first event."""
-    gaps = np.diff(timestamps, prepend=timestamps[:1])
-    bucket = np.searchsorted(np.array(edges, np.int64), gaps, side="right").astype(np.int32)
-    starts = cu_events[:-1][np.diff(cu_events) > 0]
-    bucket[starts] = 0
-    return bucket

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from genrec.data.sequences import leave_out, load_sequences, take_users
+from genrec.data.sequences import load_sequences, take_users
+from genrec.data.split import targets_of
 from genrec.data.vocabulary import encode_events, load_vocabulary
 from genrec.demo_ui.explanation import explain
 from genrec.demo_ui.question import LIMITS, Question
@@ -120,10 +121,10 @@ class Demo:
         history = take_users(self.sequences, [self._rows[question.user]])
         if not question.hide_last:
             return history, None
-        if len(history.item_ids) < 2:
-            raise ValueError(f"user {question.user!r} has one event; hiding it would leave no history")
-        shorter, target = leave_out(history, 1)
-        return shorter, int(target[0])
+        shorter, predicted = self.run.split.cut(history, "test")
+        if predicted[0] < 0 or len(shorter.item_ids) == 0:
+            raise ValueError(f"user {question.user!r} has no test event with a history before it; hide nothing")
+        return shorter, int(targets_of(history, predicted)[0])
 
     def _rank(self, request: Request, settings: RecommenderConfig, hidden: int | None) -> _Ranked:
         top_k = min(settings.top_k, self.catalogue.size)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genrec.data.sequences import leave_out, take_users
+from genrec.data.sequences import take_users
+from genrec.data.split import LeaveOneOut, Split, targets_of
 from genrec.evaluation.baselines import Popularity, Transition
 from genrec.evaluation.metrics import Evaluation, Interval, evaluate, paired_bootstrap
 from genrec.generation import Recommender, RecommenderConfig
@@ -49,19 +50,26 @@ class Comparison:
 
 
 def compare(
-    model: UGT, config: RecommenderConfig, sequences: EventSequences, trained_without: int, liked_from: float
+    model: UGT,
+    config: RecommenderConfig,
+    sequences: EventSequences,
+    trained_without: int,
+    liked_from: float,
+    split: Split | None = None,
 ) -> Comparison:
-    """Leave-one-out on every user's last event.
+    """On the test events of `split`, by default every user's last.
 
-    trained_without: how many last events of every user the model was not trained on, 2 or 1 after a refit.
+    trained_without: how many parts the model was not trained on: 2, validation and test, or 1, the test, after a refit.
+    Raises ValueError if no user has a test event and one before.
     """
-    size = model.vocabulary.items
-    fitted_on = leave_out(sequences, trained_without)[0]
-    histories, targets = leave_out(sequences, 1)
-    able = np.flatnonzero(np.diff(histories.cu_events) > 0)
+    size, split = model.vocabulary.items, split or LeaveOneOut()
+    fitted_on = split.cut(sequences, "valid" if trained_without == 2 else "test")[0]
+    histories, predicted = split.cut(sequences, "test")
+    able = np.flatnonzero((np.diff(histories.cu_events) > 0) & (predicted >= 0))
     if len(able) == 0:
-        raise ValueError("no user has two events; expected some, one to read and one to predict")
-    histories, targets = take_users(histories, able), targets[able]
+        raise ValueError(split.nobody("test"))
+    histories, predicted = take_users(histories, able), predicted[able]
+    targets = targets_of(sequences, predicted)
     rankers: dict[str, Ranker] = {
         MODEL: Recommender(model, config),
         "ugt_beam": Recommender(model, dataclasses.replace(config, mode="beam")),
@@ -69,7 +77,7 @@ def compare(
         "popularity": Popularity.fit(fitted_on, size),
         "transition": Transition.fit(fitted_on, size),
     }
-    ratings = sequences.ratings[sequences.cu_events[1:][able] - 1]
+    ratings = sequences.ratings[predicted]
     evaluations = {name: evaluate(ranker, histories, targets, size, name=name) for name, ranker in rankers.items()}
     return Comparison(histories, targets, ratings >= liked_from, evaluations)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from genrec.data.catalogue import load_catalogue, vocabulary_hash
 from genrec.data.files import atomic_file, read_json
+from genrec.data.split import Split, split_from_json
 from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.recommender import RecommenderConfig
 from genrec.interfaces import Catalogue
@@ -78,6 +79,8 @@ class TrainedRun:
     catalogue: Catalogue
     vocabulary_hash: str
     """of what its ids mean"""
+    split: Split
+    """what it was not trained on"""
     metrics: dict[str, float] | None
     """of the test users, where the run was evaluated"""
 
@@ -91,7 +94,8 @@ def load_run(run: Path, features: Path | None = None) -> TrainedRun:
     features = features or trained_on(directory)
     catalogue = load_catalogue_of(directory, features)
     known_by = vocabulary_hash(catalogue, load_vocabulary(features))
-    return TrainedRun(model, settings, features, catalogue, known_by, _test_metrics(directory.parent))
+    split = split_from_json(read_model_json(directory).get("data", {}))
+    return TrainedRun(model, settings, features, catalogue, known_by, split, _test_metrics(directory.parent))
 
 
 def trained_on(directory: Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from genrec.data.catalogue import load_catalogue, load_semantic_ids, vocabulary_hash
 from genrec.data.chunks import Chunks, stream_sequences
 from genrec.data.files import atomic_directory, atomic_file, locked
-from genrec.data.sequences import leave_out
+from genrec.data.split import Split, load_split
 from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.storage import read_model_json, save_model
 from genrec.models.ugt import UGT, ModelVocabulary
@@ -49,19 +49,19 @@ def train(config: TrainConfig) -> UGT:
 
 
 def _train(config: TrainConfig, sequences: Chunks, chosen: Chosen, ranks: Ranks) -> UGT:
-    model = build_model(config)
-    validator = None if config.refit else _validator(sequences, config, config.valid_users, ranks)
+    model, split = build_model(config), load_split(config.features)
+    validator = None if config.refit else _validator(sequences, split, config, config.valid_users, ranks)
     ranks.on_first(lambda: _prepare_directory(config))  # last of all that can fail early: a mistyped path costs no run
-    held_out = 2 if config.refit is None else 1  # the test event, and the validation event unless this is a refit
-    events = sequences.map(lambda chunk: leave_out(chunk, held_out)[0])
+    events = sequences.map(lambda chunk: split.cut(chunk, "test" if config.refit else "valid")[0])
     with MetricsLog(config.out) if ranks.first else NoLog() as log:
         stages = {
             name: _finish_stage(name, model, events, config, chosen, log, validator, ranks) for name in config.stages
         }
     model = model.to(ranks.device)
-    recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, config, chosen, ranks))
+    recommender = dataclasses.replace(config.recommender, alpha=_alpha(model, sequences, split, config, chosen, ranks))
     data = {
-        "features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": held_out,
+        "features": str(config.features), "semantic_ids": str(config.semantic_ids), **split.to_json(),
+        "held_out": 1 if config.refit else 2,  # the test part, and the validation part unless this is a refit
         "vocabulary_hash": vocabulary_hash(load_catalogue(config.features), load_vocabulary(config.features)),
     }  # fmt: skip
     ranks.on_first(lambda: save_model(config.out, model, recommender, data=data, stages=stages))
@@ -145,14 +145,14 @@ def _plan(stage: Stage, chosen: Chosen) -> Plan:
     return Plan(chosen["stages"][stage.name]["steps"], chosen["stages"][stage.name]["best_step"])
 
 
-def _alpha(model: UGT, sequences: Chunks, config: TrainConfig, chosen: Chosen, ranks: Ranks) -> float:
+def _alpha(model: UGT, sequences: Chunks, split: Split, config: TrainConfig, chosen: Chosen, ranks: Ranks) -> float:
     if chosen is not None:
         return float(chosen["recommender"]["alpha"])
-    return _validator(sequences, config, config.alpha_users, ranks).best_alpha(model, config.alphas)
+    return _validator(sequences, split, config, config.alpha_users, ranks).best_alpha(model, config.alphas)
 
 
-def _validator(sequences: Chunks, config: TrainConfig, users: int, ranks: Ranks) -> Validator:
-    return Validator(sequences, config.recommender, users, config.seed, config.finetune.liked_from, ranks)
+def _validator(sequences: Chunks, split: Split, config: TrainConfig, users: int, ranks: Ranks) -> Validator:
+    return Validator(sequences, config.recommender, users, config.seed, config.finetune.liked_from, ranks, split)
 
 
 def _prepare_directory(config: TrainConfig) -> None:

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from genrec.data.chunks import Chunks
-from genrec.data.sequences import join_users, last_events, leave_out, take_users
+from genrec.data.sequences import join_users, last_events, take_users
+from genrec.data.split import LeaveOneOut, Split, targets_of
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender, RecommenderConfig
 from genrec.generation.requests import token_batch
@@ -21,7 +22,8 @@ SELECT_BY_LIKED = "liked_ndcg@10"  # the same over the users who liked what they
 
 
 class Validator:
-    """Leave-one-out on every user's second to last event, for at most `users` users drawn by `seed`.
+    """The validation events of `split`, by default every user's second to last, for at most `users` users drawn by
+    `seed`.
 
     liked_from: the rating from which on that event counts as liked; an event without a rating always does. Ranks share
     the users and know all of the result.
@@ -35,20 +37,22 @@ class Validator:
         seed: int,
         liked_from: float,
         ranks: Ranks | None = None,
+        split: Split | None = None,
     ) -> None:
-        self.config, self.ranks = config, ranks or Ranks()
-        counts = [len(_able(sequences)) for sequences in events]
+        self.config, self.ranks, split = config, ranks or Ranks(), split or LeaveOneOut()
+        counts = [len(_able(sequences, split)) for sequences in events]
         if sum(counts) == 0:
-            raise ValueError("no user has three events or more; expected some, to train, validate and test on")
+            raise ValueError(split.nobody("valid"))
         drawn = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:users])
         ends = np.cumsum(counts)
         chosen = [
-            take_users(events.read(chunk), _able(events.read(chunk))[drawn[(first <= drawn) & (drawn < end)] - first])
-            for chunk, (first, end) in enumerate(zip(ends - counts, ends, strict=True))
+            take_users(sequences, _able(sequences, split)[drawn[(first <= drawn) & (drawn < end)] - first])
+            for sequences, first, end in zip(events, ends - counts, ends, strict=True)
         ]
         sequences = join_users(chosen)
-        self.histories, self.targets = leave_out(sequences, 2)
-        liked = liked_events(sequences, liked_from)[sequences.cu_events[1:] - 2]
+        self.histories, predicted = split.cut(sequences, "valid")
+        self.targets = targets_of(sequences, predicted)
+        liked = liked_events(sequences, liked_from)[predicted]
         self.liked = liked if liked.any() else np.ones_like(liked)
 
     def __call__(self, model: UGT) -> dict[str, float]:
@@ -108,7 +112,7 @@ def free_choices_exist(model: UGT, histories: EventSequences, batch_size: int = 
     return np.array(found, bool)
 
 
-def _able(sequences: EventSequences) -> NDArray[np.int64]:
-    """The users whose second to last event is a known item with something before it."""
-    histories, targets = leave_out(sequences, 2)
-    return np.flatnonzero((np.diff(histories.cu_events) > 0) & (targets > 0))
+def _able(sequences: EventSequences, split: Split) -> NDArray[np.int64]:
+    """The users whose validation event is a known item with something before it."""
+    histories, predicted = split.cut(sequences, "valid")
+    return np.flatnonzero((np.diff(histories.cu_events) > 0) & (targets_of(sequences, predicted) > 0))

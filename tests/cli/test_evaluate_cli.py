@@ -1,8 +1,10 @@
 """genrec evaluate as a user types it."""
 
+import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from genrec.cli import main
@@ -76,6 +78,20 @@ def test_a_refit_is_compared_with_baselines_that_know_as_much(trained, evaluated
     one, two = (json.loads((out / "metrics.json").read_text())["test"] for out in (tmp_path, evaluated))
     assert one["ugt"] == two["ugt"]
     assert one["transition"] != two["transition"]
+
+
+def test_a_model_is_measured_by_the_split_of_its_training(trained, tmp_path):
+    """The same weights, said to have been split by time."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    sequences = load_sequences(trained / "features")
+    begin, end = (int(np.quantile(sequences.timestamps, share)) for share in (0.6, 0.8))
+    path = tmp_path / "model" / "model.json"
+    by_time = f'"split": "time", "valid_from": {begin}, "test_from": {end}'
+    path.write_text(path.read_text().replace('"split": "leave_one_out"', by_time))
+    assert main(["evaluate", "--model", str(tmp_path / "model"), "--out", str(tmp_path)]) == 0
+    events = [sequences.timestamps[a:b] for a, b in itertools.pairwise(sequences.cu_events)]
+    expected = sum((times < end).any() and (times >= end).any() for times in events)
+    assert json.loads((tmp_path / "metrics.json").read_text())["users"]["test"] == expected
 
 
 def test_missing_and_damaged_inputs(trained, tmp_path, refused):

@@ -14,6 +14,7 @@ from genrec.data.catalogue import (
     save_semantic_ids,
     vocabulary_hash,
 )
+from genrec.data.context import ContextIds
 from genrec.data.vocabulary import Vocabulary
 from genrec.interfaces import Catalogue, SemanticIds
 
@@ -41,7 +42,7 @@ def test_the_hash_tells_vocabularies_apart():
 
     others = (("b", "a"), ("a",), ("a", "b", "c"), ("ab",), ("a\nb",), ("a", "b\n"))
     hashes = [hash_of(*ids) for ids in (("a", "b"), *others)]
-    hashes += [hash_of("a", "b", actions=("buy",)), hash_of("a", "b", context=(("day", ("Mon",)),))]
+    hashes += [hash_of("a", "b", actions=("buy",)), hash_of("a", "b", context=(ContextIds("day", ("Mon",)),))]
     assert len(set(hashes)) == len(hashes)
     assert hash_of("a", "b") == hash_of("a", "b")
 

@@ -9,6 +9,7 @@ import pytest
 
 from genrec.data.catalogue import load_catalogue
 from genrec.data.config import FeaturesConfig
+from genrec.data.context import ContextIds
 from genrec.data.inputs import find_files
 from genrec.data.lines import read_lines
 from genrec.data.vocabulary import load_vocabulary
@@ -76,7 +77,7 @@ def test_folders_become_columns(write, build, read_back):
     for events in ("log", "log/*/*/*.csv"):
         directory, _ = build({}, events, context=["day", "tv"], overwrite=True)
         assert list(read_back(directory)) == ["u", "v"]
-        context = dict(load_vocabulary(directory).context)
+        context = {run.column: run.values for run in load_vocabulary(directory).context}
         assert context == {"day": ("2024-01-01", "2024-01-02"), "tv": ("a/b", "x")}
     write({"log/day=2024-01-01/tv=x/part-0.csv": "user,item,tv\nu,a,1\n"})
     with pytest.raises(ValueError, match=r"tv=x/part-0\.csv: column 'tv' is in the file and in the name of its folder"):
@@ -100,7 +101,7 @@ def test_parquet_types(build, read_back, tmp_path):
     second = 1_700_000_000
     assert read_back(directory) == {"1": [("y", None, second), ("x", 4.5, second)], "2": [("x", 3.0, 0)]}
     assert summary["malformed_examples"] == ["log.parquet line 4 has no item: '2, 1.0, 8'"]
-    assert dict(load_vocabulary(directory).context) == {"odd \"name'": ("1", "2", "3")}
+    assert load_vocabulary(directory).context == (ContextIds("odd \"name'", ("1", "2", "3")),)
 
 
 def test_errors_name_the_file_and_its_line(write, build):

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from genrec.data.build import build_features
 from genrec.data.catalogue import load_catalogue
 from genrec.data.config import FeaturesConfig
+from genrec.data.context import ContextIds
 from genrec.data.engine import DuckEngine, local_database
 from genrec.data.formats import open_sources
 from genrec.data.inputs import find_files
 from genrec.data.log import build_vocabulary, count_pairs, order_log
+from genrec.data.previous import nothing_before
 from genrec.data.readers import choose_log_columns
 from genrec.data.sequences import load_sequences
 from genrec.data.vocabulary import load_vocabulary
@@ -64,7 +66,7 @@ def test_whole_way(tmp_path_factory, log, min_events, max_events, min_count, hol
     assert list(catalogue.item_ids) == ["", *items]
     assert catalogue.counts.tolist() == [0, *(train[item] for item in items)]
     assert vocabulary.action_names == tuple(actions)
-    assert vocabulary.context == (("device", tuple(devices)),)
+    assert vocabulary.context == (ContextIds("device", tuple(devices)),)
 
     sequences = load_sequences(directory / "out")
     expected = []
@@ -116,7 +118,7 @@ def test_columns_can_be_named_and_left_out(build, read_back):
     directory, summary = build({"log.csv": content}, "log.csv", user="who", item="what", rating="", time="")
     assert read_back(directory) == {"x": [("a", None, 0), ("b", None, 0)]}
     assert summary["columns"] == {
-        "user": "who", "item": "what", "rating": None, "time": None, "action": None, "context": []
+        "user": "who", "item": "what", "rating": None, "time": None, "action": None, "context": [], "weight": None
     }  # fmt: skip
     assert load_vocabulary(directory).type_sizes == (3, 1, 1, 1)
 
@@ -148,7 +150,7 @@ def test_heaviest_pairs(tmp_path):
             columns = choose_log_columns(config, sources[0])
             engine.read_events(sources, columns)
             order_log(engine, config, columns)
-            build_vocabulary(engine, config, columns)
+            build_vocabulary(engine, config, columns, nothing_before())
             pairs = count_pairs(engine, config)
             index = {row["index"]: row["item"] for row in engine.fetch("SELECT item, index FROM items").to_pylist()}
         rows = zip(pairs["a"].tolist(), pairs["b"].tolist(), pairs["weight"].tolist(), strict=True)

@@ -91,6 +91,8 @@ def text_of(rows, delimiter):
     [
         {"action": "did", "context": ["device", "day"], "min_count": 3, "window": 3},
         {"time": "", "min_events": 1, "holdout": 0, "format": "tfrecord", "max_pairs": 5},
+        {"split": "time", "valid_from": 10**9 + 1, "test_from": 10**9 + 3, "max_events": 3, "min_count": 2},
+        {"weight": "rating", "weight_buckets": 3, "session_gap": 1, "hash_buckets": 7, "min_count": 40},
     ],
 )
 def test_awkward_log(engine, tmp_path, settings):
@@ -109,6 +111,19 @@ def test_awkward_log(engine, tmp_path, settings):
     assert summary["malformed_lines"] > 40
     assert summary["malformed_examples"][0].startswith("day=2024-01-01/1.csv line ")
     assert summary["users"] >= 7
+
+
+@needs_java
+def test_extended_vocabulary(engine, tmp_path):
+    """Items, actions and context values that are known, gone and new."""
+    rows = awkward_rows()
+    (tmp_path / "old.csv").write_text(text_of([row for row in rows[:200] if row[4] != "buy"], ","))
+    (tmp_path / "new.csv").write_text(text_of(rows[200:], ","))
+    settings = {"action": "did", "context": ["device"], "min_count": 3, "max_malformed": 600, "cooccurrence_dim": 8}
+    build_features(FeaturesConfig(tmp_path / "old.csv", tmp_path / "old", text_dim=0, **settings))
+    assert_the_same(tmp_path, tmp_path / "new.csv", extend=tmp_path / "old", **settings)
+    written = json.loads((tmp_path / "spark" / "vocabulary.json").read_text())
+    assert (written["version"], written["action_names"]) == (2, ["view", "buy"])
 
 
 @needs_java

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import small
 
-from genrec.data.sequences import leave_out, take_users
+from genrec.data.sequences import keep_events, leave_out, take_users
+from genrec.data.split import ByTime
 from genrec.evaluation.baselines import Popularity, Transition
 from genrec.evaluation.comparison import compare, summary
 from genrec.generation import Recommender, RecommenderConfig
@@ -59,6 +60,23 @@ def test_baselines_are_fitted_on_the_model_s_events(model, log, held_out):
         assert np.array_equal(comparison.evaluations[name].ranked, expected)
         other = baseline.fit(leave_out(log, 3 - held_out)[0], ITEMS).rank(comparison.histories, 20)
         assert not np.array_equal(expected, other), "the test could not tell"
+
+
+def test_split_by_time(model, log):
+    """Event k of every user is at time k: training before 2, validation before 4, then the test."""
+    number = np.arange(len(log.item_ids)) - np.repeat(log.cu_events[:-1], np.diff(log.cu_events))
+    timed, split = small.with_times(log, number), ByTime(2, 4)
+    able = np.flatnonzero(np.diff(log.cu_events) > 4)
+    for held_out, until in ((2, 2), (1, 4)):
+        comparison = compare(model, RecommenderConfig(beams=10), timed, held_out, 4.0, split)
+        assert comparison.histories.user_ids.tolist() == [f"u{user}" for user in able]
+        assert comparison.targets.tolist() == log.item_ids[log.cu_events[able] + 4].tolist()
+        assert comparison.liked.tolist() == (log.ratings[log.cu_events[able] + 4] >= 4.0).tolist()
+        counted = Popularity.fit(keep_events(log, number < until), ITEMS)
+        expected = counted.rank(comparison.histories, 20)
+        assert np.array_equal(comparison.evaluations["popularity"].ranked, expected)
+    with pytest.raises(ValueError, match=r"no user has an event from test_from = .*, and one earlier"):
+        compare(model, RecommenderConfig(), timed, 2, 4.0, ByTime(2, 100))
 
 
 def test_the_model_is_used_in_three_ways(model, log, comparison):

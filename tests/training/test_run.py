@@ -18,6 +18,7 @@ from genrec.data.catalogue import load_catalogue, vocabulary_hash
 from genrec.data.chunks import Chunks
 from genrec.data.files import locked
 from genrec.data.sequences import leave_out, load_sequences
+from genrec.data.split import ByTime, save_split, split_from_json
 from genrec.data.vocabulary import load_vocabulary
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender
@@ -64,8 +65,8 @@ def test_what_a_run_leaves_behind(finished, config):
     record = facts(finished)
     known_by = vocabulary_hash(load_catalogue(config.features), load_vocabulary(config.features))
     assert record["data"] == {
-        "features": str(config.features), "semantic_ids": str(config.semantic_ids), "held_out": 2,
-        "vocabulary_hash": known_by,
+        "features": str(config.features), "semantic_ids": str(config.semantic_ids), "split": "leave_one_out",
+        "held_out": 2, "vocabulary_hash": known_by,
     }  # fmt: skip
     rows = read_metrics(finished / "metrics.jsonl")
     for name, key in STAGES.items():
@@ -144,6 +145,32 @@ def test_model_trains_without_the_two_last_events(finished, config, tmp_path, mo
         assert given[-1].read(0).item_ids.tolist() == expected.item_ids.tolist()
         assert np.array_equal(given[-1].read(0).cu_events, expected.cu_events)
         assert given[-1].read(0).item_ids.size == sequences.item_ids.size - number * len(sequences)
+
+
+def test_split_by_time_reaches_training_and_validation(finished, config, tmp_path, monkeypatch):
+    """Training ends where validation begins, after a refit where the test does; model.json says so."""
+    features = tmp_path / "features"
+    shutil.copytree(config.features, features)
+    times = np.sort(load_sequences(features).timestamps)
+    split = ByTime(*(int(times[len(times) * share // 10]) for share in (6, 8)))
+    save_split(features, split)
+    given = []
+    build = run_module.build_stage
+    monkeypatch.setattr(run_module, "build_stage", lambda *arguments: given.append(arguments[-1]) or build(*arguments))
+    config = dataclasses.replace(config, features=features, stages=("pretrain",))
+    train(dataclasses.replace(config, out=tmp_path / "run"))
+    train(dataclasses.replace(config, out=tmp_path / "refit", refit=tmp_path / "run"))
+    for events, until in zip(given, (split.valid_from, split.test_from), strict=True):
+        seen = events.read(0).timestamps
+        assert seen.size > 0
+        assert (seen < until).all()
+        assert len(seen) == (times < until).sum()
+    for name, held_out in (("run", 2), ("refit", 1)):
+        data = facts(tmp_path / name)["data"]
+        assert (data["held_out"], split_from_json(data)) == (held_out, split)
+    validator = Validator(Chunks.of(load_sequences(features)), config.recommender, 99, 0, 4.0, split=split)
+    assert (validator.histories.timestamps < split.valid_from).all()
+    assert validator.targets.all()
 
 
 def test_refit_repeats_the_chosen_steps_and_alpha(finished, config, tmp_path):

@@ -260,7 +260,7 @@ def catalogue(a: Assumptions) -> Table:
     yield "features", 4 * a.items * a.tokenizer.input_dim, "", ""
     seconds = search / (machine["matmul_rate"] * share(a, "nearest", False))
     yield "codebooks with moving averages; nearest codes", 4 * (2 * width + 1) * sum(codes), search, seconds
-    yield "trie, at most", 8 * (2 * sum(nodes[:-1]) + sum(nodes[1:]) + 2 * a.items + 1), "", ""
+    yield "trie, at most", 8 * (2 * sum(nodes[:-1]) + sum(nodes[1:]) + 3 * a.items + 2), "", ""
     yield f"semantic ids, {math.prod(codes) / a.items:,.0f} to choose from", 8 * a.items * len(codes), "", ""
 
 

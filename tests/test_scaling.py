@@ -38,7 +38,7 @@ def training_batch(model, users, events):
     histories = small.sequences(small.random_users(users, 30, events + 1, least=events + 1), types=small.ALL_TYPES)
     windows = all_positions(histories.cu_events, events)
     data = TrainingSet(histories, windows, np.ones(len(histories.item_ids), bool), model.config)
-    return data.batch(data.windows, "cpu")
+    return data.batch(data.windows)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_demo_is_that_of_the_benchmark():
     histories = small.sequences(small.random_users(64, items, 120, least=20))
     windows = all_positions(histories.cu_events, config.max_events)
     data = TrainingSet(histories, windows, np.ones(len(histories.item_ids), bool), config)
-    tokens, targets = data.batch(data.windows.take(np.arange(64)), "cpu")
+    tokens, targets = data.batch(data.windows.take(np.arange(64)))
     lengths = tokens.cu_seqlens.diff()
     starts = tokens.cu_seqlens[:-1].repeat_interleave(targets.cu_seqlens.diff())
     keys = (lengths * (lengths + 1) / 2).sum() / lengths.sum(), (targets.last_tokens + 1 - starts).double().mean()

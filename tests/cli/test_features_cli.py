@@ -24,7 +24,7 @@ def test_table_and_output(log, capsys):
     assert "features: writing sequences" in output.err
     names = sorted(path.relative_to(log / "out").as_posix() for path in (log / "out").rglob("*") if path.is_file())
     parts = ["sequences/part-00000-of-00001.parquet"]
-    assert names == ["items.parquet", *parts, "summary.json", "vocabulary.json"]
+    assert names == ["items.parquet", *parts, "split.json", "summary.json", "vocabulary.json"]
 
 
 def test_configuration_file_and_overrides(log):

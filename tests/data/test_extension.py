@@ -132,7 +132,7 @@ def test_tokenizer_goes_along(tmp_path, movielens):
         ({"time": ""}, "v1 was made with times; expected the same columns"),
         (
             {"context": ["shop"]},
-            "v1 was ['values of device', 'values of shop']; expected the same, not ['values of shop']",
+            "v1 was made with the context tokens ['values of device', 'values of shop']; expected the same, not ['val",
         ),
         ({"hash_buckets": 5}, "expected the same, not ['values of device', 'values of shop', 'hash of item in 5 bu"),
     ],

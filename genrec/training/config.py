@@ -24,7 +24,7 @@ class OptimizerConfig:
     final_lr: float = 0.05
     """learning rate at the last step, as a share of lr"""
     weight_decay: float = 0.01
-    """decoupled weight decay of matrices and embeddings"""
+    """decoupled weight decay of matrices and embeddings, not of biases and the gains of norms"""
     clip_norm: float = 1.0
     """gradients longer than this are shortened to it"""
 

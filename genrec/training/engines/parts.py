@@ -89,9 +89,9 @@ def training_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW in one launch for all parameters: on a GPU apex's where a user has built it, else torch's."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]  # biases are not pulled to zero
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        groups[0 if _decays(name, parameter) else 1]["params"].append(parameter)
     fused = _apex_adam() if device.type == "cuda" else None
     if fused is not None:
         return fused(groups, lr=config.lr, betas=(0.9, 0.98), adam_w_mode=True)
@@ -107,6 +107,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the step to come."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Matrices and embeddings are pulled to zero; biases of any shape and the gains of norms are not."""
+    return parameter.dim() > 1 and not name.endswith("bias") and "norm." not in name
 
 
 def _apex_adam() -> Any | None:

@@ -1,4 +1,4 @@
-"""The model of the demo, with random weights, for the benchmarks that run it end to end on the CPU."""
+"""The model of the demo, with random weights and histories, for the benchmarks that run it end to end on the CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
+from genrec.data.chunks import Chunks
 from genrec.kernels.library import PLAIN
-from genrec.models.ugt import UGT
+from genrec.models.ugt import UGT, UGTConfig
+from genrec.training.config import PretrainConfig
+from genrec.training.stages.pretrain import Pretrain
 from tests import small
 
 ITEMS = 3650
@@ -24,6 +27,13 @@ DEMO = {
 def demo_model() -> UGT:
     with torch.device("cpu"):
         return small.model(ITEMS, (64, 64, 64), **DEMO)
+
+
+def pretraining(users: int, batch_tokens: int) -> Pretrain:
+    """The first stage over histories of 20 to 120 events."""
+    log = small.sequences(small.random_users(users, ITEMS, 120, least=20))
+    config = UGTConfig(max_events=DEMO["max_events"])
+    return Pretrain(PretrainConfig(batch_tokens=batch_tokens), config, Chunks.of(log), 1, seed=0)
 
 
 @contextmanager

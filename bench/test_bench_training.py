@@ -8,33 +8,18 @@ for memory per token.
 import pytest
 import torch
 
-from bench.demo_model import ITEMS, PLAINLY, demo_model
+from bench.demo_model import PLAINLY, demo_model, pretraining
 from bench.peers.loader import packing_loader
 from bench.sizes import sizes
-from genrec.data.chunks import Chunks
 from genrec.kernels.library import native_operators
-from genrec.models.ugt import UGTConfig
-from genrec.training.config import PretrainConfig
 from genrec.training.loader import read_ahead
 from genrec.training.objectives import next_item_loss
-from genrec.training.stages.pretrain import Pretrain
-from tests import small
-
-MAX_EVENTS = 50
-LONGEST = 120
-
-
-def pretraining(users, batch_tokens, epochs=1):
-    log = small.sequences(small.random_users(users, ITEMS, LONGEST, least=20))
-    config = PretrainConfig(batch_tokens=batch_tokens, epochs=epochs)
-    return Pretrain(config, UGTConfig(max_events=MAX_EVENTS), Chunks.of(log), 1, seed=0), log
 
 
 @pytest.mark.parametrize("batch_tokens", sizes([400], [800, 3200, 12800], [51200]))
 def test_training_step(race, batch_tokens):
     model = demo_model()  # in evaluation mode, without dropout: the same gradients in every contender
-    stage, _ = pretraining(max(8, batch_tokens // 20), batch_tokens)
-    batch = stage.load(0, 0)
+    batch = pretraining(max(8, batch_tokens // 20), batch_tokens).load(0, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     tokens = len(batch.tokens.token_ids)
 
@@ -50,7 +35,7 @@ def test_training_step(race, batch_tokens):
 @pytest.mark.parametrize("batch_tokens", sizes([400], [800, 3200, 12800], [51200]))
 def test_loader(race, batch_tokens):
     """The batches of an epoch, against PyTorch's loader over the same windows with a function that packs them."""
-    stage, _ = pretraining(max(64, batch_tokens), batch_tokens)
+    stage = pretraining(max(64, batch_tokens), batch_tokens)
     data, _ = stage.loader[0]
     steps, tokens = stage.steps_per_epoch, int(data.tokens(data.windows).sum())
 

@@ -33,9 +33,9 @@ LOGIT, VECTOR, SCORE = 54, 12, 52  # bytes moved beside products: by linear_cros
 LOG_EVENT, LOG_USER = 3 * 9 + 16, 24  # bytes in EventSequences: an event of three tokens; a user, the id not counted
 # Cases of the benchmark, by operator. None measures linear layers alone: they are taken to do as well as experts.
 CASES = {"linear": "experts ", "experts": "experts ", "attention": "histories of up to ", "nearest": "residual codes "}
-STEP, SERVED = "training step, 3127 events", "32 requests, 50 beams"
+STEP, SERVED = "training step, 2922 tokens", "32 requests, 50 beams"
 # What bench/ runs end to end: its model, codes, items; tokens, rows a level and keys of a step; the mean history
-DEMO, DEMO_STEP, DEMO_EVENTS = (UGTConfig(), (64, 64, 64), 3650), (3127, [1881] * 3, [25.09, 30.66]), 46
+DEMO, DEMO_STEP, DEMO_EVENTS = (UGTConfig(), (64, 64, 64), 3650), (2922, [1730] * 3, [24.86, 29.44]), 46
 HEADS = {"beam alone": 0, "item head": 1}  # whether every item is scored
 
 Codes = tuple[int, ...]  # codes per level

@@ -136,19 +136,18 @@ def test_backward_flops_are_counted_as_in_the_benchmark(operator, case):
 
 
 def test_the_demo_is_that_of_the_benchmark():
-    from bench.demo_model import demo_model
+    from bench.demo_model import demo_model, pretraining
 
     config, codes, items = scaling.DEMO
     model = demo_model()
     assert replace(model.config, dropout=config.dropout) == config
     assert (model.vocabulary.items, model.vocabulary.codebook_sizes) == (items, codes)
-    histories = small.sequences(small.random_users(64, items, 120, least=20))
-    windows = all_positions(histories.cu_events, config.max_events)
-    data = TrainingSet(histories, windows, np.ones(len(histories.item_ids), bool), config)
-    tokens, targets = data.batch(data.windows.take(np.arange(64)))
+    batch = pretraining(160, 3200).load(0, 0)
+    tokens, targets = batch.tokens, batch.targets
     lengths = tokens.cu_seqlens.diff()
     starts = tokens.cu_seqlens[:-1].repeat_interleave(targets.cu_seqlens.diff())
     keys = (lengths * (lengths + 1) / 2).sum() / lengths.sum(), (targets.last_tokens + 1 - starts).double().mean()
+    assert f"training step, {len(tokens.token_ids)} tokens" == scaling.STEP
     assert scaling.DEMO_STEP[:2] == (len(tokens.token_ids), [len(targets.items)] * 3)
     assert scaling.DEMO_STEP[2] == pytest.approx([float(x) for x in keys], abs=0.01)
     requests = small.random_users(32, items, 120, seed=1, least=20)

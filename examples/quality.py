@@ -2,10 +2,12 @@
 
 python examples/quality.py --data amazon-beauty-2014 --model ugt --seed 0
 python examples/quality.py --data amazon-beauty-2014 --model ugt --seed 0 --refit
+python examples/quality.py --data amazon-beauty-2014 --validate --name "6 layers" --model.encoder_layers 6
 python examples/quality.py --table runs/quality/rows.csv
 
 --data is a folder of your own with sequences.txt and items.jsonl, or X.inter.json and X.item.json. Rows are appended to
---csv; --table prints them as Markdown, mean ± standard deviation over the seeds.
+--csv; --table prints them as Markdown, mean ± standard deviation over the seeds. Arguments that are not listed below go
+to genrec train.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from genrec.data.sequences import leave_out, load_sequences, take_users
 from genrec.evaluation.baselines import Popularity, Transition
 from genrec.evaluation.metrics import evaluate
 from genrec.evaluation.sasrec import SASRec, SASRecConfig
+from genrec.generation.storage import load_model
 from genrec.interfaces import EventSequences, Ranker
 
 CONFIGS = Path(__file__).parents[1] / "configs/amazon"
 MODELS = ("popularity", "transition", "sasrec", "ugt")
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-KEYS = ("dataset", "model", "fitted on")
+KEYS = ("dataset", "model", "fitted on", "ranked")
 COLUMNS = (*KEYS, "seed", *METRICS, "alpha", "parameters", "minutes")
 Row = dict[str, str | float | int]
 
@@ -63,25 +66,43 @@ def prepare(data: Path, work: Path) -> Path:
     return features
 
 
-def ugt(features: Path, work: Path, seed: int, refit: bool, more: list[str]) -> Row:
-    """Ids, three stages of training and the test; a refit repeats the run on train events, made first where missing."""
-    run = work / f"seed-{seed}"
+def ugt(features: Path, run: Path, seed: int, codebooks: str | None, more: list[str], refit: bool) -> Path:
+    """Ids and three stages of training, what is missing of them; a refit repeats the run on train events."""
     ids, first = run / "ids", run / "train" / "model"
     if not ids.exists():
-        genrec("tokenize", "--features", features, "--out", ids, "--seed", str(seed))
+        sizes = ["--codebook_sizes", codebooks] if codebooks else []
+        genrec("tokenize", "--features", features, "--out", ids, "--seed", str(seed), *sizes)
     common = ["--features", features, "--semantic_ids", ids, "--seed", str(seed), *more]
     if not (first / "model.json").exists():
         genrec("train", *common, "--out", first, "--resume", "true")
     model = run / "refit" / "model" if refit else first
     if not (model / "model.json").exists():
         genrec("train", *common, "--refit", first, "--out", model, "--resume", "true")
+    return model
+
+
+def on_test(model: Path) -> Row:
+    """The row of a model on the test events."""
     genrec("evaluate", "--model", model)
     results = json.loads((model.parent / "metrics.json").read_text())
-    seconds = sum(stage["seconds"] for stage in json.loads((model / "model.json").read_text())["stages"].values())
-    return {
-        **{key: results["test"]["ugt"][key] for key in METRICS},
-        "alpha": results["alpha"], "parameters": results["parameters"], "minutes": round(seconds / 60, 1),
-    }  # fmt: skip
+    metrics = {key: results["test"]["ugt"][key] for key in METRICS}
+    return {**metrics, "alpha": results["alpha"], "parameters": results["parameters"], "minutes": minutes(model)}
+
+
+def on_validation(model: Path) -> Row:
+    """The row of a model on the validation events: what its last stage was chosen by. Test events are not looked at."""
+    name, stage = list(json.loads((model / "model.json").read_text())["stages"].items())[-1]
+    lines = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+    best = [x for x in lines if x["stage"] == name and x["step"] == stage["best_step"] and "valid_ndcg@10" in x][-1]
+    metrics = {key: best[f"valid_{key}"] for key in METRICS}
+    parameters = sum(tensor.numel() for tensor in load_model(model)[0].parameters())
+    return {**metrics, "parameters": parameters, "minutes": minutes(model)}
+
+
+def minutes(model: Path) -> float:
+    """How long the stages of a run took."""
+    stages = json.loads((model / "model.json").read_text())["stages"]
+    return round(sum(stage["seconds"] for stage in stages.values()) / 60, 1)
 
 
 def baseline(name: str, features: Path, seed: int, refit: bool, epochs: int | None) -> Row:
@@ -123,7 +144,7 @@ def table(path: Path) -> str:
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             groups[tuple(row[key] for key in KEYS)].append(row)
-    titles = ("data", "model", "fitted on", "seeds", *METRICS, "α", "parameters", "minutes")
+    titles = ("data", "model", "fitted on", "ranked", "seeds", *METRICS, "α", "parameters", "minutes")
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for keys, rows in groups.items():
         metrics = [_spread([float(row[key]) for row in rows]) for key in METRICS]
@@ -146,6 +167,9 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="ugt")
     parser.add_argument("--seed", type=int, default=0, help="of ids, weights, batches and dropout")
     parser.add_argument("--refit", action="store_true", help="fit on train + validation events")
+    parser.add_argument("--validate", action="store_true", help="rank the validation events, not the test events")
+    parser.add_argument("--name", help="of a UGT with other settings: its row and its folder")
+    parser.add_argument("--codebooks", help="sizes of the codebooks, as in [64,64,64]")
     parser.add_argument("--epochs", type=int, help="of SASRec, in place of its default")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where features and weights go")
     parser.add_argument("--csv", type=Path, default=Path("runs/quality/rows.csv"), help="the row is appended here")
@@ -154,16 +178,21 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.table))
         return
-    if arguments.data is None or (more and arguments.model != "ugt"):
-        parser.error(f"unknown arguments {more}" if more else "one of --data and --table is needed")
+    of_ugt = more or arguments.name or arguments.codebooks or arguments.validate
+    if arguments.data is None or (of_ugt and arguments.model != "ugt"):
+        parser.error("--data or --table is missing" if arguments.data is None else "only a ugt takes more arguments")
     work = arguments.work / arguments.data.resolve().name
     features = prepare(arguments.data, work)
+    name = arguments.name or arguments.model
     if arguments.model == "ugt":
-        row = ugt(features, work, arguments.seed, arguments.refit, more)
+        run = work / name.replace(" ", "-") / f"seed-{arguments.seed}"
+        model = ugt(features, run, arguments.seed, arguments.codebooks, more, arguments.refit)
+        row = on_validation(model) if arguments.validate else on_test(model)
     else:
-        row = baseline(arguments.model, features, arguments.seed, arguments.refit, arguments.epochs)
+        row = baseline(name, features, arguments.seed, arguments.refit, arguments.epochs)
     fitted_on = "train + validation" if arguments.refit else "train"
-    keys = {"dataset": work.name, "model": arguments.model, "fitted on": fitted_on, "seed": arguments.seed}
+    ranked = "validation" if arguments.validate else "test"
+    keys = {"dataset": work.name, "model": name, "fitted on": fitted_on, "ranked": ranked, "seed": arguments.seed}
     append(arguments.csv, keys | row)
 
 

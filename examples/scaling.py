@@ -26,7 +26,8 @@ from genrec.models.ugt.losses import CHUNK_ELEMENTS, CHUNK_ROWS
 
 ROOT = Path(__file__).parents[1]
 PAPER, TOKENIZER = UGTConfig(**yaml.safe_load((ROOT / "configs/ugt/paper.yaml").read_text())), RQVAEConfig()
-WEIGHT, STATES = 2, 12  # bytes of a weight, gradient or activation; of its float32 copy and two Adam moments
+WEIGHT, TRAINED, MOMENTS = 2, 4, 8  # bytes of a weight or activation in products; in training, of a parameter or its
+# gradient, and of its two Adam moments: autocast leaves all of them in float32
 BACKWARD = {"linear": 2.0, "experts": 2.0, "attention": 2.5}  # FLOPs of a backward pass per FLOP of the forward one
 LOGIT, VECTOR, SCORE = 54, 12, 52  # bytes moved beside products: by linear_cross_entropy for a target and an item, and
 # for a chunk of targets and a number of the item vectors; by Recommender for a request and an item
@@ -214,11 +215,21 @@ def validation(a: Assumptions) -> Table:
 def memory(a: Assumptions) -> Table:
     """Under ZeRO-2 a rank has all weights, and its shards of the gradients and the optimizer's states."""
     count, n = parameters(a.model, a.tokenizer.codebook_sizes, a.items), a.gpus
-    yield "of a rank", "numbers", "weights [B]", "gradients [B]", "float32 copy, Adam [B]"
+    yield "of a rank", "numbers", "weights [B]", "gradients [B]", "Adam [B]"
     for part, x in {**count, "all": count.total()}.items():
-        yield part, f"{x:,}", WEIGHT * x, WEIGHT * x / n, STATES * x / n
+        yield part, f"{x:,}", TRAINED * x, TRAINED * x / n, MOMENTS * x / n
     own = (a.items + 1) * a.model.d_model
-    yield "full softmax: item vectors, their gradient", f"{own:,.0f}", WEIGHT * own, (4 + WEIGHT) * own, ""
+    yield "full softmax: item vectors, their gradient", f"{own:,.0f}", *2 * [(TRAINED + WEIGHT) * own], ""
+
+
+def sharding(a: Assumptions) -> Table:
+    """What each way of sharing the work leaves on a rank."""
+    count, n = parameters(a.model, a.tokenizer.codebook_sizes, a.items).total(), a.gpus
+    yield "--parallel", "weights [B]", "gradients [B]", "Adam [B]", "together [B]"
+    ways = {"ddp": (1, 1, 1), "zero-1": (1, 1, n), "zero-2": (1, n, n), "zero-3, fsdp": (n, n, n)}
+    for name, shares in ways.items():
+        parts = [size * count / share for size, share in zip((TRAINED, TRAINED, MOMENTS), shares, strict=True)]
+        yield name, *parts, sum(parts)
 
 
 def activations(a: Assumptions) -> Table:
@@ -247,7 +258,7 @@ def traffic(a: Assumptions) -> Table:
     yield "in ZeRO-2", "an event [s]", "sent in a step [B]", "sending [s]", "events that take as long"
     apart = count.total() - count["item"]
     for way, items, x in ("all, full softmax", a.items, count.total()), ("item apart, sampled", a.negatives, apart):
-        sent, once = 2 * WEIGHT * x * (n - 1) / n, event_seconds(a, items)
+        sent, once = 2 * TRAINED * x * (n - 1) / n, event_seconds(a, items)
         yield way, once, sent, sent / a.device.link_bytes, sent / a.device.link_bytes / once
 
 
@@ -318,7 +329,7 @@ def markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *cells])
 
 
-TABLES = (shares, validation, memory, activations, training, traffic, catalogue, serving, everybody)
+TABLES = (shares, validation, memory, sharding, activations, training, traffic, catalogue, serving, everybody)
 
 if __name__ == "__main__":
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -33,17 +33,28 @@ def commands(monkeypatch):
 
 
 def test_a_refit_makes_the_first_run_once(commands, tmp_path):
-    row = quality.ugt(tmp_path / "features", tmp_path, 3, True, ["--threads", "1"])
+    settings = tmp_path / "features", tmp_path, 3, "[4,4]", ["--threads", "1"]
+    row = quality.on_test(quality.ugt(*settings, refit=True))
     assert row == {**TEST, "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
     assert [command for command, _ in commands] == ["tokenize", "train", "train", "evaluate"]
     first, refit = commands[1][1], commands[2][1]
     assert "--refit" not in first
     assert refit["--refit"] == first["--out"]
     assert all(given["--seed"] == "3" for _, given in commands[:3])
+    assert commands[0][1]["--codebook_sizes"] == "[4,4]"
     assert first["--threads"] == refit["--threads"] == "1"
-    quality.ugt(tmp_path / "features", tmp_path, 3, False, [])
-    assert [command for command, _ in commands[4:]] == ["evaluate"]
-    assert commands[4][1]["--model"] == first["--out"]
+    assert quality.ugt(*settings, refit=False) == first["--out"]
+    assert len(commands) == 4
+
+
+def test_a_row_on_validation_is_what_the_last_stage_was_chosen_by(trained):
+    row = quality.on_validation(trained / "model")
+    record = json.loads((trained / "model" / "model.json").read_text())["stages"]["align"]
+    assert row["ndcg@10"] <= row["recall@10"] <= 1
+    lines = [json.loads(line) for line in (trained / "model" / "metrics.jsonl").read_text().splitlines()]
+    logged = [x for x in lines if (x["stage"], x["step"]) == ("align", record["best_step"])]
+    assert row["recall@10"] in [x.get("valid_recall@10") for x in logged]
+    assert row["parameters"] > 0
 
 
 def test_files_of_a_data_set_are_found(tmp_path):
@@ -59,13 +70,21 @@ def test_files_of_a_data_set_are_found(tmp_path):
 
 def test_the_table_is_over_seeds(tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    keys = {"dataset": "beauty", "model": "ugt", "fitted on": "train", "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
+    keys = {
+        "dataset": "beauty",
+        "model": "ugt",
+        "fitted on": "train",
+        "ranked": "test",
+        "alpha": 8.0,
+        "parameters": 1234,
+        "minutes": 2.0,
+    }
     for seed, recall in enumerate((0.1, 0.2, 0.3)):
         quality.append(path, {**keys, "seed": seed, **TEST, "recall@10": recall})
     quality.append(path, {**keys, "model": "popularity", "seed": 0, **TEST, "alpha": "", "parameters": 0})
     lines = quality.table(path).splitlines()
     assert len(lines) == 4
-    assert "| beauty | ugt | train | 3 | .1000 ± .0000 | .0500 ± .0000 | .2000 ± .1000 |" in lines[2]
+    assert "| beauty | ugt | train | test | 3 | .1000 ± .0000 | .0500 ± .0000 | .2000 ± .1000 |" in lines[2]
     assert lines[2].endswith("| 8 | 1,234 | 2 |")
     assert "| 1 | .1000 | .0500 | .2000 | .0625 | – | 0 | 2 |" in lines[3]
 

@@ -236,7 +236,16 @@ def test_twice_the_ranks_halve_the_shards():
     once, twice = (lines(scaling.memory(Assumptions(gpus=gpus)))["all"] for gpus in (8, 16))
     assert twice[:2] == once[:2]
     assert twice[2:] == tuple(shard / 2 for shard in once[2:])
-    assert once[1] == 2 * int(once[0].replace(",", ""))
+    assert once[1] == 4 * int(once[0].replace(",", ""))
+
+
+def test_more_is_sharded_from_way_to_way():
+    table = lines(scaling.sharding(Assumptions(gpus=4)))
+    zero = lines(scaling.memory(Assumptions(gpus=4)))["all"]
+    assert table["zero-2"][:3] == zero[1:]
+    every = int(zero[0].replace(",", ""))
+    together = [line[-1] / every for line in table.values()]
+    assert together == [4 + 4 + 8, 4 + 4 + 8 / 4, 4 + (4 + 8) / 4, (4 + 4 + 8) / 4]
 
 
 def test_traffic_goes_with_what_is_not_ones_own_shard():

@@ -13,6 +13,7 @@ import torch
 from genrec.data.build import build_features
 from genrec.data.catalogue import load_catalogue, save_semantic_ids
 from genrec.data.config import FeaturesConfig
+from genrec.data.transitions import strongest_transitions
 from genrec.interfaces import EventSequences, SemanticIds, TokenType
 from genrec.models.ugt import UGT, ModelVocabulary, UGTConfig
 
@@ -92,6 +93,10 @@ def model(items: int = 30, sizes: Sequence[int] = (4, 4, 4), seed: int = 0, **se
     with torch.no_grad():
         for parameter in ugt.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    if ugt.config.transitions:
+        ugt.remember(
+            strongest_transitions([sequences(random_users(40, items, 20, seed))], items, ugt.config.transitions)
+        )
     return ugt.eval()
 
 

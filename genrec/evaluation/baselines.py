@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from genrec.data.transitions import count_transitions, known_events, number_within
 from genrec.interfaces import OOV, EventSequences
 
-# 1/d for a successor d = 1, 2, 3 events later and 1/r for the r-th last of five items, both as whole numbers (times 6
-# and times 60): sums stay exact, so equal scores are equal whatever the order of adding.
-DISTANCE_WEIGHTS = np.array([6, 3, 2])
+# 1/r for the r-th last of five items, as whole numbers (times 60), for sums that are exact
 RECENCY_WEIGHTS = np.array([60, 30, 20, 15, 12])
 
 
@@ -74,36 +73,27 @@ class Transition:
     def fit(cls, sequences: EventSequences, catalogue_size: int) -> Transition:
         """Count the transitions of `sequences` between items 1 … catalogue_size."""
         popularity = Popularity.fit(sequences, catalogue_size)
-        users, items = _known_events(sequences)
-        before, after, weight = [], [], []
-        for distance, distance_weight in enumerate(DISTANCE_WEIGHTS, start=1):
-            same_user = users[distance:] == users[:-distance]
-            before.append(items[:-distance][same_user])
-            after.append(items[distance:][same_user])
-            weight.append(np.full(same_user.sum(), distance_weight))
-        pairs = (np.concatenate(before), np.concatenate(after))
-        shape = (catalogue_size + 1, catalogue_size + 1)
-        return cls(popularity, sparse.csr_matrix((np.concatenate(weight), pairs), shape=shape))
+        return cls(popularity, count_transitions(sequences, catalogue_size))
 
     def rank(self, histories: EventSequences, top_k: int) -> NDArray[np.int64]:
         """(U, top_k) item indices, best first, without the items of the user's own history; 0 where there are fewer."""
         _check_top_k(top_k)
         _check_items(histories, len(self.popularity.order))
-        users, items = _known_events(histories)
+        users, items = known_events(histories)
         sums = (self._recent(users, items, len(histories)) @ self.counts).tocoo()
         unseen = ~np.isin(self._keys(sums.row, sums.col), self._keys(users, items))
         rows, candidates = sums.row[unseen], sums.col[unseen]
         scores = sums.data[unseen] / np.sqrt(self.popularity.counts[candidates])
         best = np.lexsort((candidates, -scores, rows))
         rows, candidates = rows[best], candidates[best]
-        rank = _number_within(rows)
+        rank = number_within(rows)
         ranked = np.zeros((len(histories), top_k), dtype=np.int64)
         ranked[rows[rank < top_k], rank[rank < top_k]] = candidates[rank < top_k]
         return self.popularity.fill(ranked, histories)
 
     def _recent(self, users: NDArray, items: NDArray, count: int) -> sparse.csr_matrix:
         """(count, N + 1) the recency weight of every user's last items."""
-        recency = _number_within(users[::-1])[::-1]
+        recency = number_within(users[::-1])[::-1]
         recent = recency < len(RECENCY_WEIGHTS)
         entries = (RECENCY_WEIGHTS[recency[recent]], (users[recent], items[recent]))
         return sparse.csr_matrix(entries, shape=(count, self.counts.shape[0]))
@@ -111,19 +101,6 @@ class Transition:
     def _keys(self, rows: NDArray, items: NDArray) -> NDArray[np.int64]:
         """One number for every (user, item) pair."""
         return rows.astype(np.int64) * self.counts.shape[1] + items
-
-
-def _known_events(sequences: EventSequences) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(user number, item index) of every event whose item is in the vocabulary."""
-    users = np.repeat(np.arange(len(sequences)), np.diff(sequences.cu_events))
-    known = sequences.item_ids != OOV
-    return users[known], sequences.item_ids[known].astype(np.int64)
-
-
-def _number_within(groups: NDArray) -> NDArray[np.int64]:
-    """0, 1, 2, … within each run of equal values."""
-    starts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))
-    return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
 
 
 def _check_items(sequences: EventSequences, catalogue_size: int) -> None:

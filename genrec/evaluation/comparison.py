@@ -73,7 +73,7 @@ def compare(
     rankers: dict[str, Ranker] = {
         MODEL: Recommender(model, config),
         "ugt_beam": Recommender(model, dataclasses.replace(config, mode="beam")),
-        "ugt_item_head": Recommender(model, dataclasses.replace(config, mode="items")),
+        "ugt_item_head": Recommender(model, dataclasses.replace(config, mode="items", transition_weight=0.0)),
         "popularity": Popularity.fit(fitted_on, size),
         "transition": Transition.fit(fitted_on, size),
     }

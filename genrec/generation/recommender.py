@@ -21,6 +21,7 @@ from genrec.kernels.ranges import span
 from genrec.models.ugt import UGT, PaddedTokens
 
 Mode = Literal["mixed", "rerank", "beam", "items"]
+LAST_ITEMS = 5  # whose successors are remembered
 Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
@@ -35,6 +36,8 @@ class RecommenderConfig:
     mode: Mode = "mixed"
     """mixed: both, over the whole catalogue; rerank: both, over the beam's items, at a cost that does not grow with the
     catalogue; beam: the beam search alone; items: the item head alone"""
+    transition_weight: float = 1.0
+    """weight of what the model remembers to have come after the user's last items, within the item head's opinion"""
     exclude_seen: bool = True
     """leave out the items of the user's own history"""
     normalize: Normalize = "children"
@@ -132,20 +135,42 @@ class Recommender(nn.Module):
         users = model.users(encoded, tokens)
         seen = self._known(history) if self.config.exclude_seen else torch.zeros_like(history[:, :1])
         nothing = (tokens.lengths == 0)[:, None]
+        last_items = self._last_items(tokens, 1 + sum(x.shape[-1] if x.dim() == 3 else 1 for x in fields))
         if mode == "items":
-            item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
+            item_head = self._item_head(users, last_items)
             return Opinions(None, _hide(torch.zeros_like(item_head), seen, nothing), item_head)
         start, memory = model.first_row(users, tokens), model.memory(encoded, tokens)
         width = max(self.config.beams, top_k)
         items, beam = beam_search(model, memory, start, self.trie, width, seen, self.config.normalize)
         if mode == "mixed":
-            item_head = model.item_logits(users, self.item_vectors).float().log_softmax(-1)
+            item_head = self._item_head(users, last_items)
             return Opinions(None, _hide(_spread(items, beam, item_head.shape[1]), seen, nothing), item_head)
         beam = beam.masked_fill(nothing, -math.inf)
         if mode == "rerank":
-            item_head = model.some_item_logits(users, self.item_vectors, items).float().log_softmax(-1)
-            return Opinions(items, beam, item_head)
+            return Opinions(items, beam, self._item_head(users, last_items, items))
         return Opinions(items, beam, None)
+
+    def _item_head(self, users: Tensor, last_items: Tensor, items: Tensor | None = None) -> Tensor:
+        """Log-probabilities of these items (B, C), or of the whole catalogue (B, N + 1)."""
+        model, weight = self.model, self.config.transition_weight
+        if items is None:
+            logits = model.item_logits(users, self.item_vectors).float()
+        else:
+            logits = model.some_item_logits(users, self.item_vectors, items).float()
+        if model.config.transitions and weight:
+            remembered = (
+                model.transition_logits(last_items)
+                if items is None
+                else model.some_transition_logits(last_items, items)
+            )
+            logits = logits + weight * remembered.float()
+        return logits.log_softmax(-1)
+
+    def _last_items(self, tokens: PaddedTokens, tokens_of_event: int) -> Tensor:
+        """The items of the last events (B, LAST_ITEMS), the latest first; 0 where there are fewer."""
+        back = torch.arange(1, LAST_ITEMS + 1, device=tokens.lengths.device)
+        place = tokens.lengths[:, None] - tokens_of_event * back
+        return torch.where(place >= 0, tokens.token_ids.gather(1, place.clamp(min=0)), 0)
 
     def best(self, opinions: Opinions, alpha: float, top_k: int) -> tuple[Tensor, Tensor]:
         """The list that opinions make → items (B, top_k) and scores (B, top_k)."""

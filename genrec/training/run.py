@@ -19,6 +19,7 @@ from genrec.data.catalogue import load_catalogue, load_semantic_ids, vocabulary_
 from genrec.data.chunks import Chunks, stream_sequences
 from genrec.data.files import atomic_directory, atomic_file, locked
 from genrec.data.split import Split, load_split
+from genrec.data.transitions import strongest_transitions
 from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.storage import read_model_json, save_model
 from genrec.models.ugt import UGT, ModelVocabulary
@@ -53,6 +54,8 @@ def _train(config: TrainConfig, sequences: Chunks, chosen: Chosen, ranks: Ranks)
     validator = None if config.refit else _validator(sequences, split, config, config.valid_users, ranks)
     ranks.on_first(lambda: _prepare_directory(config))  # last of all that can fail early: a mistyped path costs no run
     events = sequences.map(lambda chunk: split.cut(chunk, "test" if config.refit else "valid")[0])
+    if config.model.transitions:
+        model.remember(strongest_transitions(events, model.vocabulary.items, config.model.transitions))
     with MetricsLog(config.out) if ranks.first else NoLog() as log:
         stages = {
             name: _finish_stage(name, model, events, config, chosen, log, validator, ranks) for name in config.stages

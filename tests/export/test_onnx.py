@@ -24,8 +24,11 @@ ITEMS = 60
 SIZES = [(1, 1), (1, 12), (3, 5), (2, 13), (40, 30)]  # batch, length; the model reads 12 events
 # every mode, both ways to normalise, with and without the history, models of one and of four token types
 CASES = {
-    "mixed": ({}, {"mode": "mixed", "beams": 10}),
-    "rerank, four token types": ({"token_types": small.ALL_TYPES}, {"mode": "rerank", "beams": 7, "top_k": 20}),
+    "mixed": ({"transitions": 8}, {"mode": "mixed", "beams": 10}),
+    "rerank, four token types": (
+        {"token_types": small.ALL_TYPES, "transitions": 8},
+        {"mode": "rerank", "beams": 7, "top_k": 20},
+    ),
     "beam, whole level": (
         {"decoder_layers": 2, "experts": 5, "top_k": 3},
         {"mode": "beam", "beams": 80, "top_k": 80, "normalize": "level", "exclude_seen": False},

@@ -18,7 +18,7 @@ MODES = ("mixed", "rerank", "beam", "items")
 
 @pytest.fixture(scope="module")
 def model():
-    return small.model(ITEMS, token_types=("item", "action"))
+    return small.model(ITEMS, token_types=("item", "action"), transitions=6)
 
 
 def log_of(users):
@@ -44,8 +44,18 @@ def item_log_probs(model):
             if tokens:
                 ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
                 encoded = model.encode(TokenBatch(*torch.tensor(tokens).T, ends, len(tokens)), vectors)
-                rows[user] = (vectors @ encoded[-1] + model.item_bias).log_softmax(0)
+                logits = vectors @ encoded[-1] + model.item_bias + remembered(model, history)
+                rows[user] = logits.log_softmax(0)
     return rows
+
+
+def remembered(model, history):
+    """(N + 1,) what came after the last five items, item by item."""
+    sums = torch.zeros(ITEMS + 1)
+    for rank, item in enumerate(history[::-1][:5], start=1):
+        for after, weight in zip(model.transition_items[item], model.transition_weights[item], strict=True):
+            sums[after] += weight / rank
+    return (1 + 10 * sums).log()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -191,10 +201,21 @@ def test_rerank_scores_the_beam_alone(model):
         np.testing.assert_allclose(scores[user], total[order], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["mixed", "rerank", "items"])
+def test_transitions_can_be_left_out(model, mode):
+    forgetful = small.model(ITEMS, token_types=("item", "action"))
+    forgetful.load_state_dict(model.state_dict(), strict=False)
+    expected, scores = rank(forgetful, mode=mode)
+    left_out, left_out_scores = rank(model, mode=mode, transition_weight=0.0)
+    assert np.array_equal(left_out, expected)
+    np.testing.assert_array_equal(left_out_scores, scores)
+    assert not np.array_equal(rank(model, mode=mode)[1], scores)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_may_stand_anywhere(mode):
     """Zeros before, between and behind the events, in every field, and rows of nothing else."""
-    model = small.model(ITEMS, token_types=small.ALL_TYPES)
+    model = small.model(ITEMS, token_types=small.ALL_TYPES, transitions=6)
     recommender = Recommender(model, RecommenderConfig(mode=mode, beams=7, top_k=9))
     generator = torch.Generator().manual_seed(1)
     sizes = (ITEMS + 1, *small.TYPE_SIZES.values())

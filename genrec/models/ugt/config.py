@@ -38,6 +38,9 @@ class UGTConfig:
     token_dropout: float = 0.0
     """share of history tokens that are read as unknown in training, so that no single event is relied on"""
 
+    transitions: int = 0
+    """items that the item head remembers of each item as having come soon after it in the training log; 0: none"""
+
     def __post_init__(self) -> None:
         for name in (
             "d_model",
@@ -55,6 +58,8 @@ class UGTConfig:
             raise ValueError(f"model.d_model is {self.d_model}; expected a multiple of model.heads ({self.heads})")
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"model.top_k is {self.top_k}; expected 1 to model.experts ({self.experts})")
+        if self.transitions < 0:
+            raise ValueError(f"model.transitions is {self.transitions}; expected 0 or more")
         known = [token_type.name.lower() for token_type in TokenType]
         if unknown := [name for name in self.token_types if name not in known]:
             raise ValueError(f"model.token_types has {unknown[0]!r}; expected names among {', '.join(known)}")

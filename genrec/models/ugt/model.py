@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genrec.data.transitions import Transitions
 from genrec.interfaces import TokenType
 from genrec.kernels.ranges import span
 from genrec.models.ugt.batch import PaddedTokens, TargetBatch, TokenBatch
@@ -18,6 +19,7 @@ from genrec.models.ugt.layers import Dropout, module_list
 from genrec.models.ugt.losses import linear_cross_entropy
 
 INITIAL_STD = 0.05  # of every embedding
+TRANSITION_SCALE = 10.0
 
 
 class UGT(nn.Module):
@@ -25,6 +27,8 @@ class UGT(nn.Module):
     own, the decoder reads codes from the same rows, and code and item logits are products with the same rows."""
 
     codes: Tensor
+    transition_items: Tensor
+    transition_weights: Tensor
 
     def __init__(self, config: UGTConfig, vocabulary: ModelVocabulary, codes: Tensor) -> None:
         """codes (N + 1, levels) int64: the semantic ids of the catalogue, row 0 (out of vocabulary) is not read."""
@@ -32,6 +36,10 @@ class UGT(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         d_model, levels = config.d_model, len(vocabulary.codebook_sizes)
         self.register_buffer("codes", codes)
+        if config.transitions:
+            remembered = (vocabulary.items + 1, config.transitions)
+            self.register_buffer("transition_items", torch.zeros(remembered, dtype=torch.int64))
+            self.register_buffer("transition_weights", torch.zeros(remembered))
         self.item_embedding = nn.Embedding(vocabulary.items + 1, d_model)
         self.code_embeddings = module_list(nn.Embedding(size, d_model) for size in vocabulary.codebook_sizes)
         others = [t for t in config.types if t != TokenType.ITEM]
@@ -57,6 +65,12 @@ class UGT(nn.Module):
         axes = torch.linalg.svd(centred.T @ centred)[0][:, : own.shape[1]]
         placed = centred @ axes
         own[1:, : placed.shape[1]] = placed * (INITIAL_STD / placed.std().clamp(min=1e-8))
+
+    @torch.no_grad()
+    def remember(self, transitions: Transitions) -> None:
+        """Keep what came after each item in the training log, see genrec.data.transitions."""
+        self.transition_items.copy_(torch.from_numpy(transitions.items))
+        self.transition_weights.copy_(torch.from_numpy(transitions.weights))
 
     @property
     def levels(self) -> int:
@@ -103,6 +117,32 @@ class UGT(nn.Module):
         """Of these items alone: users (B, D), items (B, C) → (B, C)."""
         logits = (F.embedding(items, item_vectors) @ users.unsqueeze(-1)).squeeze(-1)
         return logits + F.embedding(items, self.item_bias.unsqueeze(-1)).squeeze(-1)
+
+    def transition_logits(self, last_items: Tensor) -> Tensor:
+        """What the log says of the items that come next, to be added to the item head's logits.
+
+        Args:
+            last_items: (B, R) int64, the user's last items, the latest first; 0 where there is none.
+
+        Returns:
+            (B, N + 1): log(1 + 10 Σ_r weight(last_r → item) / r), so that an item is as much likelier as it has come
+            more often, and a first time counts most.
+        """
+        items, weights = self._remembered(last_items)
+        sums = weights.new_zeros(weights.shape[0], self.vocabulary.items + 1).scatter_add(1, items, weights)
+        return torch.log1p(TRANSITION_SCALE * sums)
+
+    def some_transition_logits(self, last_items: Tensor, items: Tensor) -> Tensor:
+        """Of these items alone: last_items (B, R), items (B, C) → (B, C)."""
+        after, weights = self._remembered(last_items)
+        sums = ((items.unsqueeze(-1) == after.unsqueeze(1)) * weights.unsqueeze(1)).sum(-1)
+        return torch.log1p(TRANSITION_SCALE * sums)
+
+    def _remembered(self, last_items: Tensor) -> tuple[Tensor, Tensor]:
+        """Items that came after the last ones (B, R · K), and with which weight, divided by the rank r."""
+        rank = torch.arange(1, last_items.shape[1] + 1, device=last_items.device)
+        weights = F.embedding(last_items, self.transition_weights) / rank[:, None]
+        return F.embedding(last_items, self.transition_items).flatten(1), weights.flatten(1)
 
     def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
         """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""

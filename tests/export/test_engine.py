@@ -20,7 +20,7 @@ INPUTS = [{"name": "history", "shape": ["batch", "length"]}]
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    model = small.model()
+    model = small.model(transitions=6)
     assert Shapes.of(model.config) == TINY
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
     onnx.save(to_onnx(Recommender(model, RecommenderConfig(beams=10))), path)

@@ -129,20 +129,22 @@ class UGT(nn.Module):
             more often, and a first time counts most.
         """
         items, weights = self._remembered(last_items)
-        sums = weights.new_zeros(weights.shape[0], self.vocabulary.items + 1).scatter_add(1, items, weights)
+        sums = weights.new_zeros(weights.shape[0], self.vocabulary.items + 1)
+        for after, weight in zip(items.unbind(1), weights.unbind(1), strict=True):  # TensorRT's scatter cannot add
+            sums.scatter_(1, after, sums.gather(1, after) + weight)
         return torch.log1p(TRANSITION_SCALE * sums)
 
     def some_transition_logits(self, last_items: Tensor, items: Tensor) -> Tensor:
         """Of these items alone: last_items (B, R), items (B, C) → (B, C)."""
-        after, weights = self._remembered(last_items)
-        sums = ((items.unsqueeze(-1) == after.unsqueeze(1)) * weights.unsqueeze(1)).sum(-1)
+        after, weights = (x.flatten(1).unsqueeze(1) for x in self._remembered(last_items))
+        sums = ((items.unsqueeze(-1) == after) * weights).sum(-1)
         return torch.log1p(TRANSITION_SCALE * sums)
 
     def _remembered(self, last_items: Tensor) -> tuple[Tensor, Tensor]:
-        """Items that came after the last ones (B, R · K), and with which weight, divided by the rank r."""
+        """Items that came after the last ones (B, R, K), and with which weight, divided by the rank r."""
         rank = torch.arange(1, last_items.shape[1] + 1, device=last_items.device)
         weights = F.embedding(last_items, self.transition_weights) / rank[:, None]
-        return F.embedding(last_items, self.transition_items).flatten(1), weights.flatten(1)
+        return F.embedding(last_items, self.transition_items), weights
 
     def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
         """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""

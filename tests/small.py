@@ -21,6 +21,7 @@ MOVIELENS = Path(__file__).parents[1] / "data" / "ml-latest-small"
 TYPE_SIZES = {TokenType.ACTION: 6, TokenType.TIME: 5, TokenType.CONTEXT: 4}
 TINY_RUN = {  # of genrec train: two epochs of each stage, a second in all
     "model.d_model": 16, "model.d_ffn": 24, "model.d_expert": 12, "model.max_events": 10, "model.rel_bias_size": 8,
+    "model.transitions": 4,
     "pretrain.epochs": 2, "pretrain.batch_tokens": 60, "pretrain.optimizer.warmup_steps": 2,
     "finetune.epochs": 2, "finetune.batch_tokens": 60, "finetune.optimizer.warmup_steps": 2,
     "align.epochs": 2, "align.batch_tokens": 60, "align.beams": 8, "align.optimizer.warmup_steps": 2,

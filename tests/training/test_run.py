@@ -19,6 +19,7 @@ from genrec.data.chunks import Chunks
 from genrec.data.files import locked
 from genrec.data.sequences import leave_out, load_sequences
 from genrec.data.split import ByTime, save_split, split_from_json
+from genrec.data.transitions import strongest_transitions
 from genrec.data.vocabulary import load_vocabulary
 from genrec.evaluation.metrics import rank_metrics
 from genrec.generation import Recommender
@@ -134,16 +135,22 @@ def test_validator_draws_users_by_seed(config):
 
 
 def test_model_trains_without_the_two_last_events(finished, config, tmp_path, monkeypatch):
-    """Validation and test events reach no stage; after a refit only the test event is unseen."""
-    given = []
-    monkeypatch.setattr(run_module, "build_stage", lambda name, config, model, events: given.append(events) or 1 / 0)
+    """Validation and test events reach no stage and no memory; after a refit only the test event is unseen."""
+    given, models = [], []
+    monkeypatch.setattr(
+        run_module, "build_stage", lambda _, __, model, events: models.append(model) or given.append(events) or 1 / 0
+    )
     sequences = load_sequences(config.features)
+    config = dataclasses.replace(config, model=small.config(transitions=3))
     for number, refit in ((2, None), (1, finished)):
         with pytest.raises(ZeroDivisionError):
             train(dataclasses.replace(config, out=tmp_path / str(number), refit=refit))
         expected = leave_out(sequences, number)[0]
         assert given[-1].read(0).item_ids.tolist() == expected.item_ids.tolist()
         assert np.array_equal(given[-1].read(0).cu_events, expected.cu_events)
+        remembered = strongest_transitions([expected], models[-1].vocabulary.items, 3)
+        assert models[-1].transition_items.tolist() == remembered.items.tolist()
+        assert models[-1].transition_weights.tolist() == remembered.weights.tolist()
         assert given[-1].read(0).item_ids.size == sequences.item_ids.size - number * len(sequences)
 
 

@@ -35,6 +35,7 @@ from genrec.interfaces import EventSequences, Ranker
 
 CONFIGS = Path(__file__).parents[1] / "configs/amazon"
 MODELS = ("popularity", "transition", "sasrec", "ugt")
+HISTORY = 20  # last events that are read, as by configs/ugt/small.yaml
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 KEYS = ("dataset", "model", "fitted on", "ranked")
 COLUMNS = (*KEYS, "seed", *METRICS, "alpha", "parameters", "minutes")
@@ -123,7 +124,7 @@ def _fit(name: str, events: EventSequences, size: int, seed: int, epochs: int | 
         return Popularity.fit(events, size)
     if name == "transition":
         return Transition.fit(events, size)
-    config = SASRecConfig(seed=seed) if epochs is None else SASRecConfig(seed=seed, epochs=epochs)
+    config = SASRecConfig(seed=seed, max_events=HISTORY, epochs=epochs or SASRecConfig.epochs)
     return SASRec.fit(events, size, config)
 
 

@@ -17,7 +17,7 @@ TITLES = {
     "group_layer_norm": "Group layer norm",
     "moe": "Mixture of experts",
     "rq_nearest": "Nearest code",
-    "training": "Training step",
+    "training": "Training",
     "generation": "Generation",
     "tokenizer": "Tokenizer",
     "features": "Feature pipeline",

@@ -158,12 +158,7 @@ class Recommender(nn.Module):
         else:
             logits = model.some_item_logits(users, self.item_vectors, items).float()
         if model.config.transitions and weight:
-            remembered = (
-                model.transition_logits(last_items)
-                if items is None
-                else model.some_transition_logits(last_items, items)
-            )
-            logits = logits + weight * remembered.float()
+            logits = logits + weight * model.transition_logits(last_items, items)
         return logits.log_softmax(-1)
 
     def _last_items(self, tokens: PaddedTokens, tokens_of_event: int) -> Tensor:

@@ -118,33 +118,26 @@ class UGT(nn.Module):
         logits = (F.embedding(items, item_vectors) @ users.unsqueeze(-1)).squeeze(-1)
         return logits + F.embedding(items, self.item_bias.unsqueeze(-1)).squeeze(-1)
 
-    def transition_logits(self, last_items: Tensor) -> Tensor:
-        """What the log says of the items that come next, to be added to the item head's logits.
+    def transition_logits(self, last_items: Tensor, items: Tensor | None = None) -> Tensor:
+        """What the log says of the items that come next, to be added to the logits of the item head.
 
         Args:
             last_items: (B, R) int64, the user's last items, the latest first; 0 where there is none.
+            items: (B, C) int64, those that are asked for; the whole catalogue without.
 
         Returns:
-            (B, N + 1): log(1 + 10 Σ_r weight(last_r → item) / r), so that an item is as much likelier as it has come
-            more often, and a first time counts most.
+            (B, C) or (B, N + 1) float32: log(1 + 10 Σ_r weight(last_r → item) / r), 0 for what never came after them.
         """
-        items, weights = self._remembered(last_items)
-        sums = weights.new_zeros(weights.shape[0], self.vocabulary.items + 1)
-        for after, weight in zip(items.unbind(1), weights.unbind(1), strict=True):  # TensorRT's scatter cannot add
-            sums.scatter_(1, after, sums.gather(1, after) + weight)
-        return torch.log1p(TRANSITION_SCALE * sums)
-
-    def some_transition_logits(self, last_items: Tensor, items: Tensor) -> Tensor:
-        """Of these items alone: last_items (B, R), items (B, C) → (B, C)."""
-        after, weights = (x.flatten(1).unsqueeze(1) for x in self._remembered(last_items))
-        sums = ((items.unsqueeze(-1) == after) * weights).sum(-1)
-        return torch.log1p(TRANSITION_SCALE * sums)
-
-    def _remembered(self, last_items: Tensor) -> tuple[Tensor, Tensor]:
-        """Items that came after the last ones (B, R, K), and with which weight, divided by the rank r."""
         rank = torch.arange(1, last_items.shape[1] + 1, device=last_items.device)
-        weights = F.embedding(last_items, self.transition_weights) / rank[:, None]
-        return F.embedding(last_items, self.transition_items), weights
+        after = F.embedding(last_items, self.transition_items)  # (B, R, K)
+        weights = F.embedding(last_items, self.transition_weights).float() / rank[:, None]
+        if items is not None:
+            found = items.unsqueeze(-1) == after.flatten(1).unsqueeze(1)
+            return torch.log1p(TRANSITION_SCALE * (found * weights.flatten(1).unsqueeze(1)).sum(-1))
+        sums = weights.new_zeros(weights.shape[0], self.vocabulary.items + 1)
+        for index, weight in zip(after.unbind(1), weights.unbind(1), strict=True):  # TensorRT's scatter cannot add
+            sums.scatter_(1, index, sums.gather(1, index) + weight)
+        return torch.log1p(TRANSITION_SCALE * sums)
 
     def item_loss(self, users: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:
         """Mean cross-entropy of the item head for user vectors (M, D) and the items that came next (M,)."""

@@ -82,12 +82,17 @@ def ugt(features: Path, run: Path, seed: int, codebooks: str | None, more: list[
     return model
 
 
-def on_test(model: Path) -> Row:
-    """The row of a model on the test events."""
+def on_test(model: Path) -> dict[str, Row]:
+    """The rows of a model on the test events: all of it, and each of its two opinions alone, without transitions."""
     genrec("evaluate", "--model", model)
     results = json.loads((model.parent / "metrics.json").read_text())
-    metrics = {key: results["test"]["ugt"][key] for key in METRICS}
-    return {**metrics, "alpha": results["alpha"], "parameters": results["parameters"], "minutes": minutes(model)}
+    facts: Row = {"parameters": results["parameters"], "minutes": minutes(model)}
+    rows: dict[str, Row] = {
+        part: {**{key: results["test"][name][key] for key in METRICS}, **facts}
+        for part, name in (("", "ugt"), (", item head alone", "ugt_item_head"), (", beam alone", "ugt_beam"))
+    }
+    rows[""]["alpha"] = results["alpha"]
+    return rows
 
 
 def on_validation(model: Path) -> Row:
@@ -188,13 +193,14 @@ def main() -> None:
     if arguments.model == "ugt":
         run = work / name.replace(" ", "-") / f"seed-{arguments.seed}"
         model = ugt(features, run, arguments.seed, arguments.codebooks, more, arguments.refit)
-        row = on_validation(model) if arguments.validate else on_test(model)
+        rows = {"": on_validation(model)} if arguments.validate else on_test(model)
     else:
-        row = baseline(name, features, arguments.seed, arguments.refit, arguments.epochs)
+        rows = {"": baseline(name, features, arguments.seed, arguments.refit, arguments.epochs)}
     fitted_on = "train + validation" if arguments.refit else "train"
     ranked = "validation" if arguments.validate else "test"
-    keys = {"dataset": work.name, "model": name, "fitted on": fitted_on, "ranked": ranked, "seed": arguments.seed}
-    append(arguments.csv, keys | row)
+    for part, row in rows.items():
+        keys = {"dataset": work.name, "model": name + part, "fitted on": fitted_on, "ranked": ranked}
+        append(arguments.csv, keys | {"seed": arguments.seed} | row)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def commands(monkeypatch):
         given = dict(zip(arguments[::2], arguments[1::2], strict=True))
         calls.append((command, given))
         if command == "evaluate":
-            results = {"test": {"ugt": TEST}, "alpha": 8.0, "parameters": 1234}
+            parts = dict.fromkeys(("ugt", "ugt_item_head", "ugt_beam"), TEST)
+            results = {"test": parts, "alpha": 8.0, "parameters": 1234}
             (given["--model"].parent / "metrics.json").write_text(json.dumps(results))
             return
         given["--out"].mkdir(parents=True)
@@ -34,8 +35,9 @@ def commands(monkeypatch):
 
 def test_a_refit_makes_the_first_run_once(commands, tmp_path):
     settings = tmp_path / "features", tmp_path, 3, "[4,4]", ["--threads", "1"]
-    row = quality.on_test(quality.ugt(*settings, refit=True))
-    assert row == {**TEST, "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
+    rows = quality.on_test(quality.ugt(*settings, refit=True))
+    assert rows[""] == {**TEST, "alpha": 8.0, "parameters": 1234, "minutes": 2.0}
+    assert rows[", beam alone"] == {**TEST, "parameters": 1234, "minutes": 2.0}
     assert [command for command, _ in commands] == ["tokenize", "train", "train", "evaluate"]
     first, refit = commands[1][1], commands[2][1]
     assert "--refit" not in first

@@ -20,7 +20,7 @@ SPARE = 16  # of a log in chunks, how many times as many successors are kept whi
 class Transitions(NamedTuple):
     """The strongest successors of every item, 0 with weight 0 where there are fewer."""
 
-    items: NDArray[np.int64]  # (N + 1, K)
+    items: NDArray[np.int32]  # (N + 1, K)
     weights: NDArray[np.float32]  # (N + 1, K)
 
 
@@ -53,7 +53,7 @@ def strongest_transitions(chunks: Iterable[EventSequences], catalogue_size: int,
         events += np.bincount(sequences.item_ids, minlength=catalogue_size + 1)
     scale = sparse.diags(1 / (DISTANCE_WEIGHTS[0] * np.sqrt(np.maximum(events, 1))))
     kept = _largest((counts @ scale).tocsr(), k)
-    table = Transitions(np.zeros((catalogue_size + 1, k), np.int64), np.zeros((catalogue_size + 1, k), np.float32))
+    table = Transitions(np.zeros((catalogue_size + 1, k), np.int32), np.zeros((catalogue_size + 1, k), np.float32))
     place = number_within(kept.row)
     table.items[kept.row, place], table.weights[kept.row, place] = kept.col, kept.data
     return table

@@ -38,7 +38,7 @@ class UGT(nn.Module):
         self.register_buffer("codes", codes)
         if config.transitions:
             remembered = (vocabulary.items + 1, config.transitions)
-            self.register_buffer("transition_items", torch.zeros(remembered, dtype=torch.int64))
+            self.register_buffer("transition_items", torch.zeros(remembered, dtype=torch.int32))
             self.register_buffer("transition_weights", torch.zeros(remembered))
         self.item_embedding = nn.Embedding(vocabulary.items + 1, d_model)
         self.code_embeddings = module_list(nn.Embedding(size, d_model) for size in vocabulary.codebook_sizes)
@@ -129,7 +129,7 @@ class UGT(nn.Module):
             (B, C) or (B, N + 1) float32: log(1 + 10 Σ_r weight(last_r → item) / r), 0 for what never came after them.
         """
         rank = torch.arange(1, last_items.shape[1] + 1, device=last_items.device)
-        after = F.embedding(last_items, self.transition_items)  # (B, R, K)
+        after = F.embedding(last_items, self.transition_items).long()  # (B, R, K)
         weights = F.embedding(last_items, self.transition_weights).float() / rank[:, None]
         if items is not None:
             found = items.unsqueeze(-1) == after.flatten(1).unsqueeze(1)

@@ -90,11 +90,11 @@ def test_serve_says_where_and_sigterm_ends_it(own, serve):
 
 def test_ctrl_c_while_the_models_load(own, serve):
     process, _ = serve()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not processes_of(own) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=40)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "genrec serve: error: interrupted"
     assert not processes_of(own)
@@ -103,7 +103,7 @@ def test_ctrl_c_while_the_models_load(own, serve):
 def test_a_model_that_does_not_load(own, serve):
     (own / "recommend_graph" / "1" / "model.onnx").write_bytes(b"no graph")
     process, _ = serve()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 3
     assert "ended with exit code 1 at its start: failed to load 'recommend_graph' version 1" in err.splitlines()[-1]
     assert "Traceback" not in err

@@ -67,6 +67,14 @@ class SemanticIds:
     codebook_sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Transitions:
+    """Items that came soon after each item in a log, the strongest first; 0 with weight 0 where there are fewer."""
+
+    items: NDArray[np.int32]  # (N + 1, K)
+    weights: NDArray[np.float32]  # (N + 1, K)
+
+
 class Ranker(Protocol):
     """Anything that recommends: the model and the baselines are evaluated through this one call."""
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from genrec.interfaces import OOV, EventSequences
+from genrec.interfaces import OOV, EventSequences, Transitions
 
 # 1/d for a successor d = 1, 2, 3 events later, as whole numbers (times 6): sums stay exact, so equal scores are equal
 # whatever the order of adding.
 DISTANCE_WEIGHTS = np.array([6, 3, 2])
 SPARE = 16  # of a log in chunks, how many times as many successors are kept while counting as in the end
-
-
-class Transitions(NamedTuple):
-    """The strongest successors of every item, 0 with weight 0 where there are fewer."""
-
-    items: NDArray[np.int32]  # (N + 1, K)
-    weights: NDArray[np.float32]  # (N + 1, K)
 
 
 def count_transitions(sequences: EventSequences, catalogue_size: int) -> sparse.csr_matrix:

@@ -29,7 +29,7 @@ def explain(recommender: Recommender, request: Request, items: Tensor) -> Explan
     encoded = model.encode(tokens, recommender.item_vectors)
     users = model.users(encoded, tokens)
     memory = model.memory(encoded, tokens)
-    item_head = model.item_logits(users, recommender.item_vectors).float().log_softmax(-1)[0, items]
+    item_head = recommender.item_head(users, tokens)[0, items]
 
     paths = model.codes[items].unsqueeze(0)  # (1, R, levels)
     nodes = torch.zeros_like(paths[..., 0])

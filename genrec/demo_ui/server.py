@@ -32,6 +32,7 @@ class Server(ThreadingHTTPServer):
     """Serves one run; `server_address` says where."""
 
     daemon_threads = True
+    request_queue_size = 128  # that wait to be accepted; the default of 5 resets connections on a busy machine
 
     def __init__(self, host: str, port: int, demo: Demo) -> None:
         self.demo, self.page = demo, read_page()

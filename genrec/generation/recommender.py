@@ -135,37 +135,31 @@ class Recommender(nn.Module):
         users = model.users(encoded, tokens)
         seen = self._known(history) if self.config.exclude_seen else torch.zeros_like(history[:, :1])
         nothing = (tokens.lengths == 0)[:, None]
-        last_items = self._last_items(tokens, 1 + sum(x.shape[-1] if x.dim() == 3 else 1 for x in fields))
         if mode == "items":
-            item_head = self._item_head(users, last_items)
+            item_head = self.item_head(users, tokens)
             return Opinions(None, _hide(torch.zeros_like(item_head), seen, nothing), item_head)
         start, memory = model.first_row(users, tokens), model.memory(encoded, tokens)
         width = max(self.config.beams, top_k)
         items, beam = beam_search(model, memory, start, self.trie, width, seen, self.config.normalize)
         if mode == "mixed":
-            item_head = self._item_head(users, last_items)
+            item_head = self.item_head(users, tokens)
             return Opinions(None, _hide(_spread(items, beam, item_head.shape[1]), seen, nothing), item_head)
         beam = beam.masked_fill(nothing, -math.inf)
         if mode == "rerank":
-            return Opinions(items, beam, self._item_head(users, last_items, items))
+            return Opinions(items, beam, self.item_head(users, tokens, items))
         return Opinions(items, beam, None)
 
-    def _item_head(self, users: Tensor, last_items: Tensor, items: Tensor | None = None) -> Tensor:
-        """Log-probabilities of these items (B, C), or of the whole catalogue (B, N + 1)."""
+    def item_head(self, users: Tensor, tokens: PaddedTokens, items: Tensor | None = None) -> Tensor:
+        """Log-probabilities of these items (B, C), or of the whole catalogue (B, N + 1), for user vectors (B, D): what
+        was learned, and what is remembered of the items that came after the user's last ones."""
         model, weight = self.model, self.config.transition_weight
         if items is None:
             logits = model.item_logits(users, self.item_vectors).float()
         else:
             logits = model.some_item_logits(users, self.item_vectors, items).float()
         if model.config.transitions and weight:
-            logits = logits + weight * model.transition_logits(last_items, items)
+            logits = logits + weight * model.transition_logits(_last_items(tokens), items)
         return logits.log_softmax(-1)
-
-    def _last_items(self, tokens: PaddedTokens, tokens_of_event: int) -> Tensor:
-        """The items of the last events (B, LAST_ITEMS), the latest first; 0 where there are fewer."""
-        back = torch.arange(1, LAST_ITEMS + 1, device=tokens.lengths.device)
-        place = tokens.lengths[:, None] - tokens_of_event * back
-        return torch.where(place >= 0, tokens.token_ids.gather(1, place.clamp(min=0)), 0)
 
     def best(self, opinions: Opinions, alpha: float, top_k: int) -> tuple[Tensor, Tensor]:
         """The list that opinions make → items (B, top_k) and scores (B, top_k)."""
@@ -205,6 +199,15 @@ class Recommender(nn.Module):
         types = torch.tensor(kinds, device=events.device).expand(events.shape)
         lengths = count.clamp(max=config.max_events) * len(kinds)
         return PaddedTokens(events.flatten(1), types.flatten(1), positions.flatten(1), lengths)
+
+
+def _last_items(tokens: PaddedTokens) -> Tensor:
+    """The items of the last events (B, LAST_ITEMS), the latest first; 0 where there are fewer."""
+    events = tokens.positions.gather(1, tokens.last) + 1  # an event's first token is its item
+    place = tokens.lengths[:, None] - tokens.lengths[:, None] // events * torch.arange(
+        1, LAST_ITEMS + 1, device=events.device
+    )
+    return torch.where(place >= 0, tokens.token_ids.gather(1, place.clamp(min=0)), 0)
 
 
 def _hide(scores: Tensor, seen: Tensor, nothing: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ ITEMS = 30
 
 @pytest.fixture(scope="module")
 def model():
-    return small.model(ITEMS)
+    return small.model(ITEMS, transitions=6)
 
 
 def ranked(model, users=((3, 9, 4),), **settings):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.data.transitions import Transitions
-from genrec.interfaces import TokenType
+from genrec.interfaces import TokenType, Transitions
 from genrec.kernels.ranges import span
 from genrec.models.ugt.batch import PaddedTokens, TargetBatch, TokenBatch
 from genrec.models.ugt.config import ModelVocabulary, UGTConfig

@@ -33,7 +33,7 @@ $(VENV)/.peers: $(VENV)/.installed
 
 install: $(VENV)/.installed  ## .venv with torch, the compiled kernels, genrec and the development tools
 
-demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about four minutes
+demo: install  ## raw MovieLens logs → trained recommender → runs/demo/report.html, about three minutes
 	BIN=$(BIN) RUN=$(RUN) sh examples/movielens.sh
 
 peers: $(VENV)/.peers  ## the packages that the benchmarks race against

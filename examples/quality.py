@@ -24,6 +24,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
+import yaml
 
 from genrec.data.catalogue import load_catalogue
 from genrec.data.sequences import leave_out, load_sequences, take_users
@@ -35,7 +36,7 @@ from genrec.interfaces import EventSequences, Ranker
 
 CONFIGS = Path(__file__).parents[1] / "configs/amazon"
 MODELS = ("popularity", "transition", "sasrec", "ugt")
-HISTORY = 20  # last events that are read, as by configs/ugt/small.yaml
+HISTORY = yaml.safe_load((CONFIGS.parent / "ugt/small.yaml").read_text())["max_events"]  # that SASRec reads, too
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 KEYS = ("dataset", "model", "fitted on", "ranked")
 COLUMNS = (*KEYS, "seed", *METRICS, "alpha", "parameters", "minutes")
@@ -187,6 +188,8 @@ def main() -> None:
     of_ugt = more or arguments.name or arguments.codebooks or arguments.validate
     if arguments.data is None or (of_ugt and arguments.model != "ugt"):
         parser.error("--data or --table is missing" if arguments.data is None else "only a ugt takes more arguments")
+    if arguments.validate and arguments.refit:
+        parser.error("--refit trains on the validation events; expected it without --validate")
     work = arguments.work / arguments.data.resolve().name
     features = prepare(arguments.data, work)
     name = arguments.name or arguments.model

@@ -150,8 +150,8 @@ class Recommender(nn.Module):
         return Opinions(items, beam, None)
 
     def item_head(self, users: Tensor, tokens: PaddedTokens, items: Tensor | None = None) -> Tensor:
-        """Log-probabilities of these items (B, C), or of the whole catalogue (B, N + 1), for user vectors (B, D): what
-        was learned, and what is remembered of the items that came after the user's last ones."""
+        """Log-probabilities of these items (B, C), or of the whole catalogue (B, N + 1), float32, for user vectors
+        (B, D) and their tokens: what was learned, and what is remembered of what came after the user's last items."""
         model, weight = self.model, self.config.transition_weight
         if items is None:
             logits = model.item_logits(users, self.item_vectors).float()
@@ -204,9 +204,8 @@ class Recommender(nn.Module):
 def _last_items(tokens: PaddedTokens) -> Tensor:
     """The items of the last events (B, LAST_ITEMS), the latest first; 0 where there are fewer."""
     events = tokens.positions.gather(1, tokens.last) + 1  # an event's first token is its item
-    place = tokens.lengths[:, None] - tokens.lengths[:, None] // events * torch.arange(
-        1, LAST_ITEMS + 1, device=events.device
-    )
+    lengths, back = tokens.lengths[:, None], torch.arange(1, LAST_ITEMS + 1, device=events.device)
+    place = lengths - lengths // events * back
     return torch.where(place >= 0, tokens.token_ids.gather(1, place.clamp(min=0)), 0)
 
 

@@ -37,7 +37,6 @@ class UGTConfig:
     """share of activations dropped in training"""
     token_dropout: float = 0.0
     """share of history tokens that are read as unknown in training, so that no single event is relied on"""
-
     transitions: int = 0
     """items that the item head remembers of each item as having come soon after it in the training log; 0: none"""
 

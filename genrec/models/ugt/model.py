@@ -18,7 +18,7 @@ from genrec.models.ugt.layers import Dropout, module_list
 from genrec.models.ugt.losses import linear_cross_entropy
 
 INITIAL_STD = 0.05  # of every embedding
-TRANSITION_SCALE = 10.0
+TRANSITION_SCALE = 10.0  # of counts inside the logarithm: above it an item gains by the log of its count
 
 
 class UGT(nn.Module):
@@ -67,7 +67,8 @@ class UGT(nn.Module):
 
     @torch.no_grad()
     def remember(self, transitions: Transitions) -> None:
-        """Keep what came after each item in the training log, see genrec.data.transitions."""
+        """Keep what came after each item in the training log: tables (N + 1, config.transitions) of
+        genrec.data.transitions; RuntimeError for other shapes."""
         self.transition_items.copy_(torch.from_numpy(transitions.items))
         self.transition_weights.copy_(torch.from_numpy(transitions.weights))
 
@@ -125,7 +126,8 @@ class UGT(nn.Module):
             items: (B, C) int64, those that are asked for; the whole catalogue without.
 
         Returns:
-            (B, C) or (B, N + 1) float32: log(1 + 10 Σ_r weight(last_r → item) / r), 0 for what never came after them.
+            (B, C) or (B, N + 1) float32: log(1 + 10 Σ_r weight(last_r → item) / r), 0 for what never came after them;
+            the weights are those of genrec.data.transitions. AttributeError where the model remembers none.
         """
         rank = torch.arange(1, last_items.shape[1] + 1, device=last_items.device)
         after = F.embedding(last_items, self.transition_items).long()  # (B, R, K)

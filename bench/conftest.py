@@ -205,13 +205,13 @@ def pytest_sessionfinish(session):
     if not ROWS:
         return
     device = option("--bench-device")
+    rates = {"matmul_rate": matmul_rate(device, dtype_of(session.config)), "copy_rate": copy_rate(device)}
     memory, arguments = {}, _same_cases(session.config)
     if arguments and session.exitstatus != pytest.ExitCode.INTERRUPTED:
         try:
             memory = measured_in_child(arguments)
         except RuntimeError as error:  # what was timed is not thrown away for it
             NOTES.append(f"memory was not measured: {error}")
-    rates = {"matmul_rate": matmul_rate(device, dtype_of(session.config)), "copy_rate": copy_rate(device)}
     ROWS[:] = [replace(row, memory=memory.get(row.case, {}).get(row.contender, math.nan), **rates) for row in ROWS]
     blank = replace(ROWS[0], op="", case=table.ABSENT, series="", axis="", at=math.nan, goal=math.nan,
                     seconds=math.nan, spread=math.nan, flops=math.nan, bytes=math.nan, memory=math.nan)  # fmt: skip

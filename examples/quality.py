@@ -6,8 +6,9 @@ python examples/quality.py --data amazon-beauty-2014 --validate --name "6 layers
 python examples/quality.py --table runs/quality/rows.csv
 
 --data is a folder of your own with sequences.txt and items.jsonl, or X.inter.json and X.item.json. Rows are appended to
---csv; --table prints them as Markdown, mean ± standard deviation over the seeds. Arguments that are not listed below go
-to genrec train.
+--csv; --table prints them as Markdown, mean ± standard deviation over the seeds, as docs/quality.md has those of
+docs/quality.csv. Arguments that are not listed below go to genrec train. What is finished under a --name is not done
+again, and refused if it was done with other arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -38,8 +38,9 @@ CONFIGS = Path(__file__).parents[1] / "configs/amazon"
 MODELS = ("popularity", "transition", "sasrec", "ugt")
 HISTORY = yaml.safe_load((CONFIGS.parent / "ugt/small.yaml").read_text())["max_events"]  # that SASRec reads, too
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-KEYS = ("dataset", "model", "fitted on", "ranked")
-COLUMNS = (*KEYS, "seed", *METRICS, "alpha", "parameters", "minutes")
+KEYS = ("dataset", "ranked", "fitted on", "model", "seed")
+COLUMNS = (*KEYS, *METRICS, "alpha", "parameters", "minutes")
+TITLES = ("model", "seeds", "R@5", "N@5", "R@10", "N@10", "parameters", "minutes")
 Row = dict[str, str | float | int]
 
 
@@ -69,17 +70,17 @@ def prepare(data: Path, work: Path) -> Path:
 
 
 def ugt(features: Path, run: Path, seed: int, codebooks: str | None, more: list[str], refit: bool) -> Path:
-    """Ids and three stages of training, what is missing of them; a refit repeats the run on train events."""
-    ids, first = run / "ids", run / "train" / "model"
+    """Ids and three stages of training, what is missing of them; a refit repeats the run on more events."""
+    ids, first = run / f"ids{codebooks or ''}", run / "train" / "model"
     if not ids.exists():
         sizes = ["--codebook_sizes", codebooks] if codebooks else []
         genrec("tokenize", "--features", features, "--out", ids, "--seed", str(seed), *sizes)
-    common = ["--features", features, "--semantic_ids", ids, "--seed", str(seed), *more]
-    if not (first / "model.json").exists():
-        genrec("train", *common, "--out", first, "--resume", "true")
-    model = run / "refit" / "model" if refit else first
-    if not (model / "model.json").exists():
-        genrec("train", *common, "--refit", first, "--out", model, "--resume", "true")
+    common = ["--features", features, "--semantic_ids", ids, "--seed", str(seed), "--resume", "true", *more]
+    genrec("train", *common, "--out", first)
+    if not refit:
+        return first
+    model = run / "refit" / "model"
+    genrec("train", *common, "--refit", first, "--out", model)
     return model
 
 
@@ -145,19 +146,25 @@ def append(path: Path, row: Row) -> None:
         writer.writerow(row)
 
 
-def table(path: Path) -> str:
-    """The rows of a CSV as Markdown, one line for every data set, model and fitted on."""
-    groups = defaultdict(list)
+def tables(path: Path) -> dict[tuple[str, ...], str]:
+    """The rows of a CSV as Markdown: by data set, ranked and fitted on, a line for every model; a later row of a model
+    and seed stands in place of an earlier one."""
+    groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            groups[tuple(row[key] for key in KEYS)].append(row)
-    titles = ("data", "model", "fitted on", "ranked", "seeds", *METRICS, "α", "parameters", "minutes")
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for keys, rows in groups.items():
+            *group, model, seed = (row[key] for key in KEYS)
+            groups.setdefault(tuple(group), {}).setdefault(model, {})[seed] = row
+    return {group: _table(models) for group, models in groups.items()}
+
+
+def _table(models: dict[str, dict[str, dict[str, str]]]) -> str:
+    lines = [f"| {' | '.join(TITLES)} |", f"|{'---|' * len(TITLES)}"]
+    for model, seeds in models.items():
+        rows = list(seeds.values())
         metrics = [_spread([float(row[key]) for row in rows]) for key in METRICS]
-        alphas = ", ".join(sorted({row["alpha"].removesuffix(".0") for row in rows}))
-        minutes = f"{mean(float(row['minutes']) for row in rows):.0f}"
-        cells = (*keys, str(len(rows)), *metrics, alphas or "–", f"{int(rows[0]['parameters']):,}", minutes)
+        parameters, minutes = int(rows[0]["parameters"]), [float(row["minutes"]) for row in rows if row["minutes"]]
+        size, time_taken = f"{parameters:,}" if parameters else "–", f"{mean(minutes):.0f}" if minutes else "–"
+        cells = (model, str(len(rows)), *metrics, size, time_taken)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -183,7 +190,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="CSV", help="print these rows as Markdown and do nothing else")
     arguments, more = parser.parse_known_args()
     if arguments.table:
-        print(table(arguments.table))
+        for group, text in tables(arguments.table).items():
+            print(f"{', '.join(group)}\n\n{text}\n")
         return
     of_ugt = more or arguments.name or arguments.codebooks or arguments.validate
     if arguments.data is None or (of_ugt and arguments.model != "ugt"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import small
@@ -25,7 +26,7 @@ def commands(monkeypatch):
             results = {"test": parts, "alpha": 8.0, "parameters": 1234}
             (given["--model"].parent / "metrics.json").write_text(json.dumps(results))
             return
-        given["--out"].mkdir(parents=True)
+        given["--out"].mkdir(parents=True, exist_ok=True)
         stages = {"pretrain": {"seconds": 90.0}, "align": {"seconds": 30.0}}
         (given["--out"] / "model.json").write_text(json.dumps({"stages": stages}))
 
@@ -45,8 +46,11 @@ def test_a_refit_makes_the_first_run_once(commands, tmp_path):
     assert all(given["--seed"] == "3" for _, given in commands[:3])
     assert commands[0][1]["--codebook_sizes"] == "[4,4]"
     assert first["--threads"] == refit["--threads"] == "1"
+    assert first["--resume"] == refit["--resume"] == "true"
     assert quality.ugt(*settings, refit=False) == first["--out"]
-    assert len(commands) == 4
+    assert [command for command, _ in commands[4:]] == ["train"], (
+        "which finds its run finished, with the same arguments"
+    )
 
 
 def test_a_row_on_validation_is_what_the_last_stage_was_chosen_by(trained):
@@ -84,11 +88,24 @@ def test_the_table_is_over_seeds(tmp_path):
     for seed, recall in enumerate((0.1, 0.2, 0.3)):
         quality.append(path, {**keys, "seed": seed, **TEST, "recall@10": recall})
     quality.append(path, {**keys, "model": "popularity", "seed": 0, **TEST, "alpha": "", "parameters": 0})
-    lines = quality.table(path).splitlines()
+    quality.append(path, {**keys, "seed": 2, **TEST, "recall@10": 0.6})  # once more
+    quality.append(path, {**keys, "fitted on": "train + validation", "seed": 0, **TEST})
+    tables = quality.tables(path)
+    train, refit = (tables["beauty", "test", fitted_on] for fitted_on in ("train", "train + validation"))
+    lines = train.splitlines()
     assert len(lines) == 4
-    assert "| beauty | ugt | train | test | 3 | .1000 ± .0000 | .0500 ± .0000 | .2000 ± .1000 |" in lines[2]
-    assert lines[2].endswith("| 8 | 1,234 | 2 |")
-    assert "| 1 | .1000 | .0500 | .2000 | .0625 | – | 0 | 2 |" in lines[3]
+    assert lines[2] == "| ugt | 3 | .1000 ± .0000 | .0500 ± .0000 | .3000 ± .2646 | .0625 ± .0000 | 1,234 | 2 |"
+    assert lines[3] == "| popularity | 1 | .1000 | .0500 | .2000 | .0625 | – | 2 |"
+    assert len(refit.splitlines()) == 3
+
+
+def test_the_document_has_the_tables_of_its_rows():
+    docs = Path(quality.__file__).parents[1] / "docs"
+    text = (docs / "quality.md").read_text(encoding="utf-8")
+    tables = quality.tables(docs / "quality.csv")
+    assert tables
+    for group, table in tables.items():
+        assert table in text, f"docs/quality.md does not have the table of {group}; see examples/quality.py --table"
 
 
 @pytest.mark.parametrize("name", ["popularity", "transition", "sasrec"])

@@ -21,7 +21,7 @@ from genrec.data.files import atomic_directory, atomic_file, locked
 from genrec.data.split import Split, load_split
 from genrec.data.transitions import strongest_transitions
 from genrec.data.vocabulary import load_vocabulary
-from genrec.generation.storage import read_model_json, save_model
+from genrec.generation.storage import load_model, read_model_json, save_model
 from genrec.models.ugt import UGT, ModelVocabulary
 from genrec.training.config import TrainConfig
 from genrec.training.log import MetricsLog, NoLog
@@ -53,9 +53,13 @@ def _train(config: TrainConfig, sequences: Chunks, chosen: Chosen, ranks: Ranks)
     model, split = build_model(config), load_split(config.features)
     validator = None if config.refit else _validator(sequences, split, config, config.valid_users, ranks)
     ranks.on_first(lambda: _prepare_directory(config))  # last of all that can fail early: a mistyped path costs no run
+    if ranks.on_first((config.out / "model.json").is_file):  # written last: this run is resumed after its end
+        return load_model(config.out)[0]
     events = sequences.map(lambda chunk: split.cut(chunk, "test" if config.refit else "valid")[0])
-    if config.model.transitions:
-        model.remember(strongest_transitions(events, model.vocabulary.items, config.model.transitions))
+    if config.model.transitions:  # counted by one rank, whose memory holds the counts once
+        model.remember(
+            ranks.on_first(lambda: strongest_transitions(events, model.vocabulary.items, config.model.transitions))
+        )
     with MetricsLog(config.out) if ranks.first else NoLog() as log:
         stages = {
             name: _finish_stage(name, model, events, config, chosen, log, validator, ranks) for name in config.stages

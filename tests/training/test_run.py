@@ -232,6 +232,15 @@ def test_resume_with_another_configuration_is_refused_by_name(arguments, tmp_pat
     refused(arguments(out), capsys, 2, f"{out} already holds a run", "--resume true", "--overwrite true")
 
 
+def test_resume_of_a_finished_run_works_nothing_out(finished, config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_finish_stage", lambda *_: 1 / 0)
+        patch.setattr(run_module, "_alpha", lambda *_: 1 / 0)
+        model = train(dataclasses.replace(config, resume=True))
+    assert model.state_dict().keys() == load_file(finished / "model.safetensors").keys()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in load_file(finished / "model.safetensors").items())
+
+
 def test_resume_does_not_turn_a_refit_into_a_run(finished, config, tmp_path, monkeypatch):
     refit = dataclasses.replace(config, out=tmp_path / "refit", refit=finished)
     with monkeypatch.context() as patch:

@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import torch
 import yaml
 
 from genrec.data.catalogue import load_catalogue
@@ -113,17 +112,28 @@ def minutes(model: Path) -> float:
     return round(sum(stage["seconds"] for stage in stages.values()) / 60, 1)
 
 
-def baseline(name: str, features: Path, seed: int, refit: bool, epochs: int | None) -> Row:
-    """Fit a baseline on the events that a UGT would be trained on, and test it on the same users."""
+def baseline(name: str, features: Path, seed: int, refit: bool, epochs: int | None) -> dict[str, Row]:
+    """Fit a baseline on the events that a UGT would be trained on, and test it on the same users; SASRec also with the
+    memory of transitions that a UGT has."""
     sequences, size = load_sequences(features), load_catalogue(features).size
-    began = time.monotonic()
-    ranker = _fit(name, leave_out(sequences, 1 if refit else 2)[0], size, seed, epochs)
-    minutes = (time.monotonic() - began) / 60
+    events = leave_out(sequences, 1 if refit else 2)[0]
     histories, targets = leave_out(sequences, 1)
     able = np.flatnonzero(np.diff(histories.cu_events) > 0)
-    metrics = evaluate(ranker, take_users(histories, able), targets[able], size, name=name).metrics
-    parameters = sum(p.numel() for p in ranker.parameters()) if isinstance(ranker, torch.nn.Module) else 0
-    return {**{key: metrics[key] for key in METRICS}, "parameters": parameters, "minutes": round(minutes, 1)}
+    began = time.monotonic()
+    ranker = _fit(name, events, size, seed, epochs)
+    facts: Row = {"parameters": 0, "minutes": round((time.monotonic() - began) / 60, 1)}
+    if isinstance(ranker, SASRec):
+        facts["parameters"] = sum(p.numel() for p in ranker.parameters())
+
+    def tested() -> Row:
+        metrics = evaluate(ranker, take_users(histories, able), targets[able], size, name=name).metrics
+        return {**{key: metrics[key] for key in METRICS}, **facts}
+
+    rows = {"": tested()}
+    if isinstance(ranker, SASRec):
+        ranker.memory = Transition.fit(events, size)
+        rows[", with transitions"] = tested()
+    return rows
 
 
 def _fit(name: str, events: EventSequences, size: int, seed: int, epochs: int | None) -> Ranker:
@@ -206,7 +216,7 @@ def main() -> None:
         model = ugt(features, run, arguments.seed, arguments.codebooks, more, arguments.refit)
         rows = {"": on_validation(model)} if arguments.validate else on_test(model)
     else:
-        rows = {"": baseline(name, features, arguments.seed, arguments.refit, arguments.epochs)}
+        rows = baseline(name, features, arguments.seed, arguments.refit, arguments.epochs)
     fitted_on = "train + validation" if arguments.refit else "train"
     ranked = "validation" if arguments.validate else "test"
     for part, row in rows.items():

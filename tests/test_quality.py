@@ -111,6 +111,8 @@ def test_the_document_has_the_tables_of_its_rows():
 @pytest.mark.parametrize("name", ["popularity", "transition", "sasrec"])
 def test_baselines_make_rows(name, tmp_path):
     features, _ = small.write_inputs(tmp_path)
-    row = quality.baseline(name, features, seed=0, refit=False, epochs=1)
-    assert all(0 <= row[key] <= 1 for key in quality.METRICS)
-    assert (row["parameters"] > 0) == (name == "sasrec")
+    rows = quality.baseline(name, features, seed=0, refit=False, epochs=1)
+    assert list(rows) == ["", ", with transitions"][: 2 if name == "sasrec" else 1]
+    for row in rows.values():
+        assert all(0 <= row[key] <= 1 for key in quality.METRICS)
+        assert (row["parameters"] > 0) == (name == "sasrec")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from genrec.data.transitions import count_transitions, known_events, number_within
+from genrec.data.transitions import DISTANCE_WEIGHTS, count_transitions, known_events, number_within
 from genrec.interfaces import OOV, EventSequences
 
 # 1/r for the r-th last of five items, as whole numbers (times 60), for sums that are exact
@@ -80,7 +80,7 @@ class Transition:
         _check_top_k(top_k)
         _check_items(histories, len(self.popularity.order))
         users, items = known_events(histories)
-        sums = (self._recent(users, items, len(histories)) @ self.counts).tocoo()
+        sums = self._sums(users, items, len(histories)).tocoo()
         unseen = ~np.isin(self._keys(sums.row, sums.col), self._keys(users, items))
         rows, candidates = sums.row[unseen], sums.col[unseen]
         scores = sums.data[unseen] / np.sqrt(self.popularity.counts[candidates])
@@ -90,6 +90,16 @@ class Transition:
         ranked = np.zeros((len(histories), top_k), dtype=np.int64)
         ranked[rows[rank < top_k], rank[rank < top_k]] = candidates[rank < top_k]
         return self.popularity.fill(ranked, histories)
+
+    def scores(self, histories: EventSequences) -> sparse.csr_matrix:
+        """(U, N + 1) float64, the score of every item, also of those that the user has seen."""
+        sums = self._sums(*known_events(histories), len(histories))
+        units = RECENCY_WEIGHTS[0] * DISTANCE_WEIGHTS[0]
+        return sums @ sparse.diags(1 / (units * np.sqrt(np.maximum(self.popularity.counts, 1))), format="csr")
+
+    def _sums(self, users: NDArray, items: NDArray, count: int) -> sparse.csr_matrix:
+        """(count, N + 1) int64: the scores without 1 / sqrt(n_b), times 360."""
+        return self._recent(users, items, count) @ self.counts
 
     def _recent(self, users: NDArray, items: NDArray, count: int) -> sparse.csr_matrix:
         """(count, N + 1) the recency weight of every user's last items."""

@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from genrec.data.sequences import ragged_ranges
+from genrec.evaluation.baselines import Transition
 from genrec.interfaces import OOV, EventSequences
 from genrec.models.ugt.losses import linear_cross_entropy
+from genrec.models.ugt.model import TRANSITION_SCALE
 
 IntArray = NDArray[np.int64]
 
@@ -55,6 +57,8 @@ class SASRec(nn.Module):
     """Implements genrec.interfaces.Ranker. Input and output share one table of item embeddings."""
 
     no_bias: Tensor
+    memory: Transition | None = None
+    """adds log(1 + 10 · score) to the logits it ranks by, as a UGT does with what it remembers of the log"""
 
     def __init__(self, catalogue_size: int, config: SASRecConfig) -> None:
         super().__init__()
@@ -111,9 +115,12 @@ class SASRec(nn.Module):
         seen = _last_items(histories, len(histories.item_ids))
         read = _last_items(histories, self.config.max_events)
         last = torch.from_numpy((read != OOV).sum(1) - 1)
+        remembered = None if self.memory is None else self.memory.scores(histories)
         for users in torch.from_numpy(np.flatnonzero(read[:, 0])).split(256):
             states = self.eval()(torch.from_numpy(read)[users])[torch.arange(len(users)), last[users]]
             scores = F.linear(states, self.items.weight)
+            if remembered is not None:
+                scores += torch.from_numpy(np.log1p(TRANSITION_SCALE * remembered[users.numpy()].toarray())).float()
             scores.scatter_(1, F.pad(torch.from_numpy(seen)[users], (1, 0)), -torch.inf)  # and item 0
             best, items = scores.topk(min(top_k, scores.shape[1]))
             ranked[users, : items.shape[1]] = items.masked_fill(best.isneginf(), OOV).numpy()

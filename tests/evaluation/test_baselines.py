@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genrec.data.transitions import strongest_transitions
 from genrec.evaluation.baselines import Popularity, Transition
 
 USERS = st.lists(st.lists(st.integers(0, 12), max_size=9), max_size=8)
@@ -74,6 +75,18 @@ def test_transitions_say_what_came_next(sequences_of):
     assert transition.rank(sequences_of([[2]]), 6).tolist() == [[3, 5, 1, 4, 6, 0]]
     assert transition.counts[1, 2] == 2 * 6
     assert transition.counts[1, 3] == 3
+
+
+@given(events=USERS, histories=USERS)
+def test_scores_are_those_that_the_item_head_remembers(sequences_of, events, histories):
+    """Σ_r weight(a_r → b) / r over the last five items, with every successor in the table."""
+    table = strongest_transitions([sequences_of(events)], 12, 12)
+    expected = np.zeros((len(histories), 13))
+    for user, history in enumerate(histories):
+        for recency, item in enumerate([item for item in reversed(history) if item][:5], start=1):
+            np.add.at(expected[user], table.items[item], table.weights[item] / recency)
+    scores = Transition.fit(sequences_of(events), 12).scores(sequences_of(histories)).toarray()
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", [Popularity, Transition])

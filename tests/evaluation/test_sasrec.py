@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from genrec.evaluation.baselines import Transition
 from genrec.evaluation.sasrec import SASRec, SASRecConfig
 
 ITEMS = 12
@@ -47,6 +48,23 @@ def test_a_user_is_ranked_alike_alone_and_among_others(model, sequences_of):
     alone = [model.rank(sequences_of([history]), 5)[0] for history in histories]
     np.testing.assert_array_equal(together, alone)
     assert not together[[2, 4]].any()
+
+
+def test_a_memory_is_added_to_the_logits(model, cycle, sequences_of):
+    """Against the formula, item by item; the log that is remembered goes the other way round."""
+    backwards = sequences_of([list(range(start, 0, -1)) for start in (5, 8, 12)])
+    histories = [[3, 4, 5], [9, 8], [2], [1, 7, 4, 6, 12, 3]]
+    without = model.rank(sequences_of(histories), ITEMS)
+    model.memory = Transition.fit(backwards, ITEMS)
+    ranked = model.rank(sequences_of(histories), ITEMS)
+    scores = model.memory.scores(sequences_of(histories)).toarray()
+    model.memory = None
+    assert ranked.tolist() != without.tolist()
+    for history, row, score in zip(histories, ranked, scores, strict=True):
+        state = model(torch.tensor([history]))[0, -1]
+        logits = (model.items.weight @ state).detach().numpy() + np.log1p(10 * score)
+        best = [item for item in np.argsort(-logits).tolist() if item not in [0, *history]]
+        assert row[row > 0].tolist() == best
 
 
 def test_the_seed_decides(cycle):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -56,13 +57,12 @@ def run(config: Config) -> None:
     directory = repository.directory.resolve()
     log = config.log or directory.with_name(f"{directory.name}.log")
     ports = Ports(config.http_port, config.grpc_port, config.metrics_port, config.host)
-    signal.signal(signal.SIGTERM, _terminate)
     loading = Console(stderr=True).status(f"loading the models of {directory} …")
     try:
-        with loading, running(repository, program, ports, log, config.timeout) as server:
+        with _signals() as check, loading, running(repository, program, ports, log, config.timeout, check) as server:
             loading.stop()
             _announce(server, repository)
-            server.wait()
+            server.wait(check)
     except _TerminatedError:
         print("stopped")
 
@@ -90,9 +90,26 @@ class _TerminatedError(Exception):
     """SIGTERM, which is how a server is meant to be ended."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: stopping must not be interrupted
-    raise _TerminatedError
+@contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """check() raises what a SIGINT or SIGTERM of this block asks for.
+
+    A handler that raises by itself does so anywhere: inside Popen, whose server nobody would know of; in a callback,
+    where Python drops the exception and we would serve on; while the server is being stopped.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt if came[0] == signal.SIGINT else _TerminatedError
+
+    try:
+        yield check
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _announce(server: Server, repository: Repository) -> None:

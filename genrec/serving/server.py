@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,20 +61,27 @@ class Server:
     ports: Ports
     log: Path
 
-    def wait(self) -> None:
-        """Until it ends, which it does not by itself: raises OSError with its last words."""
-        self.process.wait()
+    def wait(self, check: Callable[[], None]) -> None:
+        """Until `check` raises, or it ends, which it does not by itself: raises OSError with its last words."""
+        while self.process.poll() is None:
+            check()
+            time.sleep(0.1)
         raise OSError(f"tritonserver ended with exit code {self.process.returncode}: {last_words(self.log)}")
 
 
 @contextmanager
 def running(
-    repository: Repository, program: Program, ports: Ports, log: Path, timeout: float = 120.0
+    repository: Repository,
+    program: Program,
+    ports: Ports,
+    log: Path,
+    timeout: float = 120.0,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Server]:
     """A server on the repository's models, ready; it and its stubs are gone when the block ends, however it ends.
 
     Raises OSError for a port that is not free, for a server that dies while it loads or is not ready after `timeout`
-    seconds. The server's own words go to `log`.
+    seconds, and what `check` raises, which is called while the models load. The server's own words go to `log`.
     """
     ports.check()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +95,7 @@ def running(
             start_new_session=True,  # Ctrl-C is for us alone: we stop the server in good order
         )
         try:
-            _wait_until_ready(process, ports, log, timeout)
+            _wait_until_ready(process, ports, log, timeout, check)
             yield Server(process, ports, log)
         finally:
             _stop(process)
@@ -123,9 +130,12 @@ def _command(repository: Repository, program: Program, ports: Ports, scratch: Pa
     ]
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], ports: Ports, log: Path, timeout: float) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], ports: Ports, log: Path, timeout: float, check: Callable[[], None]
+) -> None:
     deadline = time.monotonic() + timeout
     while not _ready(ports):
+        check()
         if process.poll() is not None:
             raise OSError(f"tritonserver ended with exit code {process.returncode} at its start: {last_words(log)}")
         if time.monotonic() > deadline:

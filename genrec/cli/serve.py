@@ -95,10 +95,11 @@ def _signals() -> Iterator[Callable[[], None]]:
     """check() raises what a SIGINT or SIGTERM of this block asks for.
 
     A handler that raises by itself does so anywhere: inside Popen, whose server nobody would know of; in a callback,
-    where Python drops the exception and we would serve on; while the server is being stopped.
+    where Python drops the exception and we would serve on; while the server is being stopped. What was ignored before,
+    as a shell lets its background jobs ignore SIGINT, still is.
     """
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
 
     def check() -> None:

@@ -23,8 +23,7 @@ def test_serves_until_interrupted(trained):
             assert b"<!doctype html>" in answer.read(100)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "genrec demo-ui: error: interrupted\n"
+    assert (process.returncode, err) == (130, "genrec demo-ui: error: interrupted\n")
 
 
 def test_a_port_that_is_taken(trained, refused):

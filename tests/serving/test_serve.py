@@ -43,11 +43,10 @@ def serve(own, serving_python, free_ports):
         argv = ["serve", "--repository", str(own), *(["--python", str(serving_python)] if serving_python else [])]
         for name in ("http", "grpc", "metrics"):
             argv += [f"--{name}_port", str(getattr(ports, name))]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "genrec", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  a background job ignores it
+        command = [sys.executable, "-m", "genrec", *argv]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, **pipes, text=True, preexec_fn=listen))
         return started[-1], ports
 
     yield start
@@ -106,13 +105,23 @@ def test_ctrl_c_while_the_models_load(own, serve):
 )
 def test_a_signal_waits_for_the_next_check(number, error):
     """Raised where it arrives, it could leave a server that nobody knows of, or be dropped by Python."""
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # a background job ignores SIGINT
     with serve_module._signals() as check:
         check()
         signal.raise_signal(number)
         with pytest.raises(error):
             check()
-    assert signal.getsignal(number) is before
+    assert signal.signal(number, before) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with serve_module._signals() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_model_that_does_not_load(own, serve):

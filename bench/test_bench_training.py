@@ -36,7 +36,7 @@ def test_training_step(race, batch_tokens):
 def test_loader(race, batch_tokens):
     """The batches of an epoch, against PyTorch's loader over the same windows with a function that packs them."""
     stage = pretraining(max(64, batch_tokens), batch_tokens)
-    data, _ = stage.loader[0]
+    data, _ = stage.loader[0, 0]
     steps, tokens = stage.steps_per_epoch, int(data.tokens(data.windows).sum())
 
     def ours():

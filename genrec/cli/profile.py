@@ -95,7 +95,8 @@ Step = tuple[Callable[[int], object], torch.device]
 def _train(config: Train) -> Step:
     model = build_model(config).to(training_device(config.device))
     split = load_split(config.features)
-    events = stream_sequences(config.features, config.chunk_events).map(lambda chunk: split.cut(chunk, "valid")[0])
+    sequences = stream_sequences(config.features, config.chunk_events, config.micro_batches)
+    events = sequences.map(lambda chunk: split.cut(chunk, "valid")[0])
     stage = build_stage(config.stage, config, model, events)
     if config.compile:
         model.compile_layers()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,17 +27,21 @@ SCHEMA = pa.schema(
 )
 
 
+RowGroups = Mapping[Path, Sequence[int] | None]  # of part files, None for all of a file
+
+
 def load_sequences(directory: Path | str) -> EventSequences:
     """The sequences that `genrec features` wrote into `directory`, all files in order.
 
     Raises FileNotFoundError if a file is missing, ValueError if one is not what it should be.
     """
-    return read_parts(part_files(Path(directory) / "sequences"))
+    return read_parts(dict.fromkeys(part_files(Path(directory) / "sequences")))
 
 
-def read_parts(paths: Sequence[Path]) -> EventSequences:
-    """The sequences of these part files, one after the other; ValueError if one is not what it should be."""
-    table = pa.concat_tables([_read_part(path) for path in paths])
+def read_parts(parts: RowGroups) -> EventSequences:
+    """The sequences of these row groups of part files, all of a file where it says None, one after the other;
+    ValueError if a file is not what it should be."""
+    table = pa.concat_tables([_read_part(path, groups) for path, groups in parts.items()])
     cu_tokens, token_ids = _flatten(table, "token_ids")
     cu_events, item_ids = _flatten(table, "item_ids")
     return EventSequences(
@@ -195,16 +200,30 @@ def part_files(directory: Path) -> list[Path]:
     return paths
 
 
-def _read_part(path: Path) -> pa.Table:
+def row_groups(path: Path) -> list[int]:
+    """How many events every row group of a part file has, from its footer alone. Errors as read_parts."""
+    with _opened(path) as file:
+        footer = file.metadata
+        names = [footer.schema.column(number).path.split(".")[0] for number in range(footer.num_columns)]
+        column = names.index("item_ids")
+        return [footer.row_group(number).column(column).num_values for number in range(footer.num_row_groups)]
+
+
+def _read_part(path: Path, groups: Sequence[int] | None) -> pa.Table:
+    with _opened(path) as file:
+        return file.read() if groups is None else file.read_row_groups(groups)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
+                found = file.schema_arrow.names
+                raise ValueError(f"{path} has columns {found}; expected {SCHEMA.names} as genrec features writes them")
+            yield file
     except pa.ArrowInvalid:
         raise ValueError(f"{path} is not a readable Parquet file; run genrec features again") from None
-    if not table.schema.equals(SCHEMA, check_metadata=False):
-        raise ValueError(
-            f"{path} has columns {table.schema.names}; expected {SCHEMA.names} as genrec features writes them"
-        )
-    return table
 
 
 def _flatten(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray]:

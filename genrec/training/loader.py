@@ -1,7 +1,7 @@
 """Micro-batches as a pure function of (seed, epoch, step, number): there is no loader state to save or to lose.
 
 A step is the same micro-batches on any number of ranks; rank r of n takes numbers r, r + n, r + 2n …, so what one rank
-accumulates several share. Histories are packed without padding, by a budget of tokens.
+accumulates and reads, several share. Histories are packed without padding, by a budget of tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from tqdm import tqdm
 from genrec.data.chunks import Chunks
 from genrec.interfaces import EventSequences
 from genrec.training.batches import IntArray, TrainingSet, Windows
+from genrec.training.ranks import Ranks
 
 D = TypeVar("D", bound=TrainingSet)
 K = TypeVar("K")
 V = TypeVar("V")
+Share = tuple[int, int, int]  # (chunk, lane, lanes): a lane of a chunk, or with one lane all of it
 
 
 class Loader(Generic[D]):
-    """The windows of every step. Chunks go in random order, the next one is read while the last is trained on."""
+    """The windows of every micro-batch. Chunks go in random order, the next one is read while the last is trained on.
+
+    A chunk in lanes is dealt lane by lane: micro-batch m is dealt from lane m mod lanes, and a rank reads the lanes of
+    its own micro-batches. Where lanes are too uneven for that, the chunk is dealt as a whole.
+    """
 
     def __init__(
         self,
@@ -34,43 +40,73 @@ class Loader(Generic[D]):
         batch_tokens: int,
         micro_batches: int = 1,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
-        """prepare: from a chunk to its windows. batch_tokens: most tokens of a micro-batch. micro_batches: of a step.
+        """prepare: from sequences to their windows. batch_tokens: most tokens of a micro-batch. micro_batches: of a
+        step, a multiple of the chunks' lanes. ranks: which read everything once, together, to count; it concerns
+        nothing else.
 
-        Reads everything once, to count. Raises ValueError if the longest window fills more than half of a micro-batch,
-        or a chunk has fewer windows than a step has micro-batches.
+        Raises ValueError if the longest window fills more than half of a micro-batch, or a chunk has fewer windows than
+        a step has micro-batches.
         """
         self.chunks, self.prepare, self.seed, self.micro_batches = chunks, prepare, seed, micro_batches
         self._reader = ThreadPoolExecutor(1, "genrec-chunks")
-        self._read: dict[int, Future[D]] = {}
-        self._steps = [
-            _micro_batches(self._data(chunk), batch_tokens, micro_batches) // micro_batches
-            for chunk in tqdm(range(chunks.count), desc="counting", unit="chunk", disable=chunks.count == 1)
-        ]
+        self._read: dict[Share, Future[D]] = {}
+        self._dealt: dict[tuple[int, Share], list[IntArray]] = {}  # of an epoch
+        plans = [_plan(lanes, batch_tokens, micro_batches) for lanes in self._sizes(ranks or Ranks())]
+        self._steps, self._lanes = [steps for steps, _ in plans], [lanes for _, lanes in plans]
         self.steps_per_epoch = sum(self._steps)
-        self._dealt: tuple[int, int, list[IntArray]] = (-1, -1, [])  # of one chunk in one epoch
 
-    def __getitem__(self, step: int) -> tuple[D, list[Windows]]:
-        """Of `step`, counted from 0 over all epochs: a chunk, and the windows of every micro-batch."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[D, Windows]:
+        """Of (step, number), steps counted from 0 over all epochs: sequences, and the windows of the micro-batch."""
+        step, number = key
         epoch, rest = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.chunks.count).tolist()
         ends = list(accumulate(self._steps[chunk] for chunk in order))
         place = next(place for place, end in enumerate(ends) if rest < end)
-        chunk, first = order[place], (rest - ends[place] + self._steps[order[place]]) * self.micro_batches
-        data = self._data(chunk, *order[place + 1 : place + 2])
-        if self._dealt[:2] != (epoch, chunk):
-            rng = np.random.default_rng([self.seed, epoch, chunk])
-            self._dealt = epoch, chunk, deal(data.tokens(data.windows), self._steps[chunk] * self.micro_batches, rng)
-        numbers = range(first, first + self.micro_batches)
-        return data, [data.windows.take(self._dealt[2][number]) for number in numbers]
+        share, *following = (self._share(chunk, number) for chunk in order[place : place + 2])
+        data = self._data(share, *following)
+        chunk, _, lanes = share
+        before = (rest - ends[place] + self._steps[chunk]) * (self.micro_batches // lanes)
+        return data, data.windows.take(self._hands(epoch, share, data)[before + number // lanes])
 
-    def _data(self, chunk: int, *following: int) -> D:
-        """A chunk, from now on the only one kept beside the following one, which is read meanwhile."""
-        self._read = {number: read for number, read in self._read.items() if number in (chunk, *following)}
-        for number in (chunk, *following):
-            if number not in self._read:
-                self._read[number] = self._reader.submit(lambda number: self.prepare(self.chunks.read(number)), number)
-        return self._read[chunk].result()
+    def _share(self, chunk: int, number: int) -> Share:
+        """What micro-batch `number` of a step is dealt from."""
+        return chunk, number % self._lanes[chunk], self._lanes[chunk]
+
+    def _data(self, share: Share, *following: Share) -> D:
+        """The windows of a share. Kept are those of its chunk and of the following one, which is read meanwhile."""
+        kept = {chunk for chunk, *_ in (share, *following)}
+        self._read = {each: read for each, read in self._read.items() if each[0] in kept}
+        for each in (share, *following):
+            if each not in self._read:
+                self._read[each] = self._reader.submit(self._prepared, *each)
+        return self._read[share].result()
+
+    def _prepared(self, chunk: int, lane: int, lanes: int) -> D:
+        return self.prepare(self.chunks.read(chunk, lane if lanes > 1 else None))
+
+    def _hands(self, epoch: int, share: Share, data: D) -> list[IntArray]:
+        """The windows of every micro-batch of a share in this epoch, as positions."""
+        chunk, lane, lanes = share
+        self._dealt = {key: hands for key, hands in self._dealt.items() if (key[0], key[1][0]) == (epoch, chunk)}
+        if (epoch, share) not in self._dealt:
+            rng = np.random.default_rng([self.seed, epoch, chunk, lane])
+            hands = self._steps[chunk] * self.micro_batches // lanes
+            self._dealt[epoch, share] = deal(data.tokens(data.windows), hands, rng)
+        return self._dealt[epoch, share]
+
+    def _sizes(self, ranks: Ranks) -> IntArray:
+        """(chunks, lanes, 3) int64: windows, tokens, and tokens of the longest window; every rank counts a part."""
+        count, lanes = self.chunks.count, self.chunks.lanes
+        mine = range(ranks.rank, count * lanes, ranks.world)
+
+        shown = tqdm(mine, desc="counting", unit="part", disable=count == 1 or not ranks.first)
+        counted = [_size(self._data((*divmod(part, lanes), lanes))) for part in shown]
+        sizes = np.zeros((count * lanes, 3), np.int64)
+        for rank, part in enumerate(ranks.gather(counted)):
+            sizes[rank :: ranks.world] = np.array(part, np.int64).reshape(-1, 3)
+        return sizes.reshape(count, lanes, 3)
 
 
 def deal(lengths: IntArray, hands: int, rng: np.random.Generator) -> list[IntArray]:
@@ -82,18 +118,27 @@ def deal(lengths: IntArray, hands: int, rng: np.random.Generator) -> list[IntArr
     return [column[column >= 0] for column in rng.permuted(table, axis=1).T]
 
 
-def _micro_batches(data: TrainingSet, batch_tokens: int, per_step: int) -> int:
-    """How many a chunk is dealt into: a multiple of per_step; none if it has no windows."""
-    if len(data) == 0:
-        return 0
+def _size(data: TrainingSet) -> tuple[int, int, int]:
+    """Windows, tokens, and tokens of the longest window."""
     lengths = data.tokens(data.windows)
-    longest = int(lengths.max())
+    return len(lengths), int(lengths.sum()), int(lengths.max(initial=0))
+
+
+def _plan(sizes: IntArray, batch_tokens: int, micro_batches: int) -> tuple[int, int]:
+    """(steps, lanes) of a chunk whose lanes have these sizes (lanes, 3): no micro-batch above its budget or empty."""
+    windows, _, longest = total = np.array([*sizes[:, :2].sum(0), sizes[:, 2].max()])
     if batch_tokens < 2 * longest:
         raise ValueError(f"batch_tokens is {batch_tokens}; expected {2 * longest} or more, twice the longest window")
-    if len(lengths) < per_step:
-        raise ValueError(f"micro_batches is {per_step}, but there are only {len(lengths)} windows to deal into them")
-    needed = -(-int(lengths.sum()) // (batch_tokens - longest))
-    return min(-(-needed // per_step), len(lengths) // per_step) * per_step
+    if 0 < windows < micro_batches:
+        raise ValueError(f"micro_batches is {micro_batches}, but there are only {windows} windows to deal into them")
+    for lanes in (sizes, total[None]):
+        windows, tokens, _ = lanes.T
+        per_step = micro_batches // len(lanes)
+        needed = -(-tokens // (batch_tokens - longest))  # micro-batches
+        steps, possible = int((-(-needed // per_step)).max()), int((windows // per_step).min())
+        if steps <= possible:
+            return steps, len(lanes)
+    return possible, 1  # too few windows to round up to a whole step
 
 
 def read_ahead(load: Callable[[K], V], keys: Iterable[K], depth: int = 2) -> Iterator[tuple[K, V]]:

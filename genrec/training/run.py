@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> UGT:
     with joined(training_device(config.device), always=config.parallel.startswith("zero")) as ranks:
         if config.micro_batches % ranks.world:
             raise ValueError(f"micro_batches is {config.micro_batches}; expected a multiple of the {ranks.world} ranks")
-        sequences = stream_sequences(config.features, config.chunk_events)
+        sequences = stream_sequences(config.features, config.chunk_events, config.micro_batches)
         chosen = _chosen_before(config)
         with ExitStack() as held:
             ranks.on_first(lambda: held.enter_context(locked(config.out)))
@@ -105,7 +105,7 @@ def _finish_stage(
     if not ranks.on_first(done.is_dir):
         began = time.monotonic()
         trained = copy.deepcopy(model).to(ranks.device)
-        stage = build_stage(name, config, trained, events)
+        stage = build_stage(name, config, trained, events, ranks)
         plan = _plan(stage, chosen)
         progress, weights = run_stage(stage, trained, plan, config, log, validator, ranks)
         record: dict[str, Any] = {

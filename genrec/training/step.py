@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,16 +67,22 @@ class Trainer:
         lr = learning_rate(self.stage.optimizer, step, self.total)
         sums: dict[str, Tensor] = {}
         with span("step", step=step):
+            loss = partial(self.stage.loss, share=1 / self._targets(batches))
             for place, (number, batch) in enumerate(batches, start=1):
                 prepared = self._prepared(step, number, batch)
-                for name, value in self.engine.backward(self.stage.loss, prepared, place == len(batches)).items():
+                for name, value in self.engine.backward(loss, prepared, place == len(batches)).items():
                     sums[name] = sums[name] + value if name in sums else value
             scale = self.engine.scale
             norm, applied = self._applied(step, lr)
             if not applied:
-                self._explain(step, batches, scale)
+                self._explain(step, batches, loss, scale)
             load = self.model.balance_router(self.engine.ranks.sum)
         return Done(sums, lr, norm, applied, load)
+
+    def _targets(self, batches: list[tuple[int, Any]]) -> int:
+        """Of all micro-batches of the step; this rank knows its own."""
+        own = sum(len(batch.targets.items) for _, batch in batches)
+        return int(self.engine.ranks.sum(torch.tensor(own, device=self.engine.device)))
 
     def _prepared(self, step: int, number: int, batch: Any) -> Any:
         torch.manual_seed(step_seed(self.seed, self.stage.name, step, number))
@@ -90,14 +96,14 @@ class Trainer:
         except FloatingPointError as error:
             raise ValueError(f"{self.stage.name}, step {step}: {error}; train in bfloat16 or float32") from None
 
-    def _explain(self, step: int, batches: list[tuple[int, Any]], scale: float) -> None:
+    def _explain(self, step: int, batches: list[tuple[int, Any]], loss: Callable[..., Any], scale: float) -> None:
         """Say where the first value that is not finite came from; outside float16 this is the end."""
         found, model = None, self.engine.whole()
         for number, batch in batches:
             prepared = self._prepared(step, number, batch)
             model.train(not self.stage.on_policy)
             with autocast(self.engine.device, self.engine.dtype):
-                found = found or first_bad_tensor(model, partial(self.stage.loss, model, prepared), scale)
+                found = found or first_bad_tensor(model, partial(loss, model, prepared), scale)
         found = next((name for name in self.engine.ranks.gather(found) if name), "a sum of gradients")
         if scale == 1:
             name = self.stage.name

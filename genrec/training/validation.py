@@ -26,7 +26,7 @@ class Validator:
     `seed`.
 
     liked_from: the rating from which on that event counts as liked; an event without a rating always does. Ranks share
-    the users and know all of the result.
+    the users and know all of the result; they make one together.
     """
 
     def __init__(
@@ -40,16 +40,7 @@ class Validator:
         split: Split | None = None,
     ) -> None:
         self.config, self.ranks, split = config, ranks or Ranks(), split or LeaveOneOut()
-        counts = [len(_able(sequences, split)) for sequences in events]
-        if sum(counts) == 0:
-            raise ValueError(split.nobody("valid"))
-        drawn = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:users])
-        ends = np.cumsum(counts)
-        chosen = [
-            take_users(sequences, _able(sequences, split)[drawn[(first <= drawn) & (drawn < end)] - first])
-            for sequences, first, end in zip(events, ends - counts, ends, strict=True)
-        ]
-        sequences = join_users(chosen)
+        sequences = self.ranks.on_first(lambda: _draw(events, split, users, seed))  # one rank reads them
         self.histories, predicted = split.cut(sequences, "valid")
         self.targets = targets_of(sequences, predicted)
         liked = liked_events(sequences, liked_from)[predicted]
@@ -110,6 +101,20 @@ def free_choices_exist(model: UGT, histories: EventSequences, batch_size: int = 
                 x = model.decoder_input(level + 1, chosen[-1])
         found += [tuple(codes) in known for codes in torch.cat(chosen, 1).tolist()]
     return np.array(found, bool)
+
+
+def _draw(events: Chunks, split: Split, users: int, seed: int) -> EventSequences:
+    """At most `users` of the users who have a validation event, in the order of the log."""
+    counts = [len(_able(sequences, split)) for sequences in events]
+    if sum(counts) == 0:
+        raise ValueError(split.nobody("valid"))
+    drawn = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:users])
+    ends = np.cumsum(counts)
+    chosen = [
+        take_users(sequences, _able(sequences, split)[drawn[(first <= drawn) & (drawn < end)] - first])
+        for sequences, first, end in zip(events, ends - counts, ends, strict=True)
+    ]
+    return join_users(chosen)
 
 
 def _able(sequences: EventSequences, split: Split) -> NDArray[np.int64]:

@@ -40,6 +40,34 @@ def test_chunks_have_every_user_once(directory, events, count):
     assert same(load_sequences(directory), LOG)
 
 
+@pytest.fixture
+def row_groups(tmp_path):
+    """The log in two files of row groups of two users, the last of one."""
+    (tmp_path / "sequences").mkdir()
+    for part, users in enumerate((range(12), range(12, 23))):
+        path = tmp_path / "sequences" / f"part-{part:05d}-of-00002.parquet"
+        pq.write_table(to_table(take_users(LOG, list(users))), path, row_group_size=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("events", "most", "count", "lanes"),
+    [(10**6, 4, 1, 1), (100, 4, 2, 2), (100, 6, 2, 3), (60, 4, 3, 2), (1, 4, 12, 1)],
+)
+def test_lanes_have_every_user_once(row_groups, events, most, count, lanes):
+    chunks = stream_sequences(row_groups, events, most)
+    assert (chunks.count, chunks.lanes) == (count, lanes)
+    parts = [[chunks.read(chunk, lane) for lane in range(lanes)] for chunk in range(count)]
+    assert sorted(user for chunk in parts for lane in chunk for user in lane.user_ids) == sorted(LOG.user_ids)
+    for chunk, of_chunk in enumerate(parts):
+        whole, sizes = chunks.read(chunk), [len(lane.item_ids) for lane in of_chunk]
+        assert sorted(whole.user_ids) == sorted(user for lane in of_chunk for user in lane.user_ids)
+        assert max(sizes) <= 2 * min(sizes)
+    changed = chunks.map(lambda sequences: leave_out(sequences, 1)[0])
+    last = (count - 1, lanes - 1)
+    assert same(changed.read(*last), leave_out(chunks.read(*last), 1)[0])
+
+
 def test_map_changes_what_is_read(directory):
     chunks = stream_sequences(directory, 70).map(lambda chunk: leave_out(chunk, 1)[0])
     expected = leave_out(LOG, 1)[0]

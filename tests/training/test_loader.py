@@ -1,5 +1,8 @@
 """Every window once an epoch, the same micro-batches for any number of ranks, within their budget of tokens."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import small
@@ -7,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec.data.chunks import Chunks
-from genrec.data.sequences import take_users
+from genrec.data.sequences import join_users, take_users
 from genrec.training.batches import TrainingSet, all_positions
 from genrec.training.loader import Loader, deal, read_ahead
+from genrec.training.ranks import Ranks
 
 LOG = small.sequences(small.random_users(40, 30, 25, seed=3, least=2))
 CONFIG = small.config()
@@ -21,13 +25,25 @@ def prepare(sequences):
     )
 
 
-def chunked(count):
-    parts = [take_users(LOG, np.arange(chunk, len(LOG), count)) for chunk in range(count)]
-    return Chunks(count, lambda chunk: parts[chunk])
+def chunked(count, lanes=1, log=LOG):
+    """Every user of a lane of a chunk is `count` · `lanes` users behind the one before."""
+    parts = [
+        [take_users(log, np.arange(chunk + count * lane, len(log), count * lanes)) for lane in range(lanes)]
+        for chunk in range(count)
+    ]
+    return Chunks(
+        count, lambda chunk, lane=None: parts[chunk][lane] if lane is not None else join_users(parts[chunk]), lanes
+    )
 
 
-def loader(chunks=1, batch_tokens=40, micro_batches=1, seed=7):
-    return Loader(chunked(chunks), prepare, batch_tokens, micro_batches, seed)
+def loader(chunks=1, batch_tokens=40, micro_batches=1, seed=7, lanes=1):
+    return Loader(chunked(chunks, lanes), prepare, batch_tokens, micro_batches, seed)
+
+
+def epoch_of(batches, epoch=0):
+    """(step, number) → (sequences, windows) of an epoch."""
+    steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+    return {(step, number): batches[step, number] for step in steps for number in range(batches.micro_batches)}
 
 
 def targets_of(data, windows):
@@ -40,18 +56,22 @@ def targets_of(data, windows):
     return found
 
 
-@pytest.mark.parametrize(("chunks", "micro_batches"), [(1, 1), (1, 4), (3, 1), (3, 2)])
-def test_an_epoch_has_every_target_once(chunks, micro_batches):
-    batches = loader(chunks, micro_batches=micro_batches)
-    all_data = map(prepare, chunked(chunks))
-    expected = sorted(target for data in all_data for target in targets_of(data, data.windows))
+def every_target(chunks):
+    return sorted(target for data in map(prepare, chunks) for target in targets_of(data, data.windows))
+
+
+def seen_targets(batches, epoch=0):
+    return sorted(target for data, part in epoch_of(batches, epoch).values() for target in targets_of(data, part))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "micro_batches", "lanes"), [(1, 1, 1), (1, 4, 1), (3, 1, 1), (3, 2, 1), (3, 2, 2), (2, 4, 2), (2, 4, 4)]
+)
+def test_an_epoch_has_every_target_once(chunks, micro_batches, lanes):
+    batches = loader(chunks, micro_batches=micro_batches, lanes=lanes)
+    assert batches._lanes == [lanes] * chunks
     for epoch in range(2):
-        seen = []
-        for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
-            data, windows = batches[step]
-            assert len(windows) == micro_batches
-            seen += [target for part in windows for target in targets_of(data, part)]
-        assert sorted(seen) == expected
+        assert seen_targets(batches, epoch) == every_target(chunked(chunks))
 
 
 @given(
@@ -71,35 +91,87 @@ def test_deal(lengths, hands, seed):
 
 
 @settings(max_examples=30)
-@given(st.integers(24, 200), st.integers(1, 5), st.integers(1, 3))
-def test_micro_batches_keep_their_budget(batch_tokens, micro_batches, chunks):
-    batches = loader(chunks, batch_tokens, micro_batches)
-    for step in range(batches.steps_per_epoch):
-        data, windows = batches[step]
-        for part in windows:
-            tokens, _ = data.batch(part)
-            assert 0 < len(tokens.token_ids) <= batch_tokens
+@given(st.integers(24, 200), st.integers(1, 5), st.integers(1, 3), st.booleans())
+def test_micro_batches_keep_their_budget(batch_tokens, micro_batches, chunks, in_lanes):
+    for data, part in epoch_of(
+        loader(chunks, batch_tokens, micro_batches, lanes=micro_batches if in_lanes else 1)
+    ).values():
+        tokens, _ = data.batch(part)
+        assert 0 < len(tokens.token_ids) <= batch_tokens
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    forward, backward = loader(3), loader(3)
+def test_lanes_that_are_too_uneven_are_dealt_together():
+    """One lane has most of the users: the other could not fill as many micro-batches."""
+    users = {0: np.arange(1), 1: np.arange(1, len(LOG)), None: np.arange(len(LOG))}
+    uneven = Chunks(1, lambda chunk, lane=None: take_users(LOG, users[lane]), 2)
+    batches = Loader(uneven, prepare, 40, 2)
+    assert batches._lanes == [1]
+    assert seen_targets(batches) == every_target([LOG])
+
+
+def content(batches, step):
+    found = (batches[step, number] for number in range(batches.micro_batches))
+    return [data.batch(part)[0].token_ids.tolist() for data, part in found]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_batches_are_a_function_of_seed_and_step(lanes):
+    forward, backward = (loader(3, micro_batches=2, lanes=lanes) for _ in range(2))
     steps = range(2 * forward.steps_per_epoch)
-
-    def content(batches, step):
-        data, windows = batches[step]
-        return [data.batch(part)[0].token_ids.tolist() for part in windows]
-
     seen = {step: content(forward, step) for step in steps}
     assert {step: content(backward, step) for step in reversed(steps)} == seen, "it matters what was read before"
     assert seen[0] != seen[forward.steps_per_epoch], "every epoch in the same order"
-    assert content(loader(3, seed=8), 0) != seen[0]
+    assert content(loader(3, seed=8, micro_batches=2, lanes=lanes), 0) != seen[0]
 
 
 def test_one_chunk_is_kept_and_the_next_read_ahead():
     batches = loader(4)
-    for step in range(batches.steps_per_epoch):
-        batches[step]
+    for _ in epoch_of(batches):
         assert len(batches._read) <= 2
+
+
+def test_a_rank_reads_only_the_lanes_of_its_micro_batches():
+    whole, read = chunked(2, lanes=4), []
+
+    def noted(chunk, lane=None):
+        read.append(lane)
+        return whole.read(chunk, lane)
+
+    batches = Loader(Chunks(2, noted, 4), prepare, 100, micro_batches=4)
+    assert sorted(read) == sorted(2 * [0, 1, 2, 3]), "counting reads everything once"
+    read.clear()
+    for step in range(batches.steps_per_epoch):
+        for number in (1, 3):  # of rank 1 of 2
+            batches[step, number]
+    assert set(read) == {1, 3}
+
+
+class InThreads(Ranks):
+    """Ranks that are threads of one process."""
+
+    values, barrier = [0, 0], threading.Barrier(2)
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait(timeout=60)
+        return list(self.values)
+
+
+def test_ranks_count_together():
+    read = [], []
+
+    def of_rank(rank):
+        def noted(chunk, lane=None):
+            read[rank].append((chunk, lane))
+            return chunked(3, 2).read(chunk, lane)
+
+        return Loader(Chunks(3, noted, 2), prepare, 100, 2, ranks=InThreads(rank, 2))
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(of_rank, range(2))
+    alone = loader(3, 100, 2, lanes=2)
+    assert (first._steps, first._lanes) == (second._steps, second._lanes) == (alone._steps, alone._lanes)
+    assert sorted(read[0] + read[1]) == [(chunk, lane) for chunk in range(3) for lane in range(2)]
 
 
 def test_what_does_not_fit_is_one_sentence():

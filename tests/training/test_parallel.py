@@ -2,15 +2,18 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from processes import exit_codes, finish, kill_at, start
 from safetensors.torch import load_file, save_file
 
+from genrec.data.chunks import stream_sequences
 from genrec.training.log import read_metrics
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -46,6 +49,18 @@ def same_training(one, other, tolerance=1e-6):
 def test_two_ranks_train_what_one_does(arguments, alone, tmp_path, engine):
     finish(arguments(tmp_path / "model", micro_batches=PARTS, parallel=engine), ranks=2)
     same_training(alone, tmp_path / "model")
+
+
+def test_two_ranks_that_each_read_lanes_of_their_own(arguments, inputs, tmp_path):
+    """A log that no rank has in memory, every rank reading only what it trains on: the same training."""
+    shutil.copytree(inputs[0], tmp_path / "features")
+    (part,) = (tmp_path / "features" / "sequences").iterdir()
+    pq.write_table(pq.read_table(part), part, row_group_size=2)
+    assert stream_sequences(tmp_path / "features", 150, PARTS).lanes == 2
+    settings = {"features": tmp_path / "features", "chunk_events": 150, "micro_batches": PARTS}
+    finish(arguments(tmp_path / "one", **settings))
+    finish(arguments(tmp_path / "two", **settings), ranks=2)
+    same_training(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero-2", marks=needs_deepspeed)])

@@ -1,6 +1,7 @@
 """What each stage trains on: targets of finetune, pairs of align, gradients under autocast."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from genrec.training.objectives import next_item_loss
 from genrec.training.stages.align import Align
 from genrec.training.stages.finetune import Finetune
 from genrec.training.stages.pretrain import Pretrain
+from genrec.training.step import Trainer
 
 ITEMS = 30
 
@@ -36,11 +38,10 @@ def history(log, event):
 
 
 def items_of(stage):
-    """The targets of all micro-batches of an epoch; every step weighs each of its targets alike."""
+    """The targets of all micro-batches of an epoch."""
     items = []
     for step in range(stage.steps_per_epoch):
         batches = [stage.load(step, micro) for micro in range(2)]
-        assert sum(len(batch.targets.items) * batch.share for batch in batches) == pytest.approx(1)
         items += [batch.targets.items for batch in batches]
     return items
 
@@ -51,6 +52,22 @@ def test_pretrain_trains_on_everything(log):
     starts = set(log.cu_events[:-1].tolist())
     expected = [int(item) for event, item in enumerate(log.item_ids) if item and event not in starts]
     assert sorted(torch.cat(items).tolist()) == sorted(expected)
+
+
+def test_a_step_weighs_each_of_its_targets_alike(log):
+    model = small.model(ITEMS, dropout=0.0)
+    stage = Pretrain(PretrainConfig(batch_tokens=40), model.config, Chunks.of(log), 3, seed=0)
+    engine = TorchEngine(model, OptimizerConfig(), ParallelConfig(precision="float32"))
+    trainer = Trainer(stage, model, engine, total=9, seed=0)
+    (batches,) = trainer.micro_batches(0, 1, 3)
+    counts = [len(batch.targets.items) for _, batch in batches]
+    assert len(set(counts)) > 1
+    with torch.no_grad():
+        sums = [
+            next_item_loss(model, batch.tokens, batch.targets, stage.item_weight, share=1.0)[0] for _, batch in batches
+        ]
+    expected = float(sum(sums)) / sum(counts)
+    assert float(trainer.step(0, batches).values["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("last_targets", [1, 3, 50])
@@ -76,7 +93,7 @@ def test_align_chooses_one_liked_event_per_user(log):
     stage, _ = align(log, last_targets=5)
     drawn = set()
     for step in range(6 * stage.steps_per_epoch):
-        data, (windows,) = stage.loader[step]
+        data, windows = stage.loader[step, 0]
         cut, again = (data.one_liked_target(windows, np.random.default_rng(step)) for _ in range(2))
         assert cut.first_target.tolist() == again.first_target.tolist(), "not a function of the generator"
         for begin, event, end in zip(cut.begin, cut.first_target, cut.end, strict=True):
@@ -86,12 +103,12 @@ def test_align_chooses_one_liked_event_per_user(log):
             assert not log.ratings[event] < 4.0
             assert event >= history(log, event)[1].stop - 5
             drawn.add(int(event))
-    assert len(drawn) > len(stage.loader[0][0]), "the same event of a user every time"
+    assert len(drawn) > len(stage.loader[0, 0][0]), "the same event of a user every time"
 
 
 def events(stage, step):
     """The event that every target of the step's only micro-batch is."""
-    data, (windows,) = stage.loader[step]
+    data, windows = stage.loader[step, 0]
     return data.one_liked_target(windows, np.random.default_rng([3, step, 0])).first_target
 
 
@@ -137,7 +154,7 @@ def test_align_loss_is_anchor_plus_preference(log):
             parameter.add_(0.05 * torch.randn_like(parameter))  # the policy has moved, the reference has not
     batch = stage.load(0, 0)
     pairs = stage.prepare(model, batch)
-    loss, values = stage.loss(model, pairs)
+    loss, values = stage.loss(model, pairs, 1 / len(batch.targets.items))
     rejected = stage.rejected(model, batch)
     anchor, anchor_values = next_item_loss(model, batch.tokens, batch.targets, 0.5)
 
@@ -169,11 +186,17 @@ def test_align_loss_is_anchor_plus_preference(log):
     torch.testing.assert_close(values["loss"], loss.detach())
 
 
+def part_of(stage, model, step):
+    """(loss, batch) of a step of one micro-batch, as an engine takes them."""
+    batch = stage.load(step, 0)
+    return partial(stage.loss, share=1 / len(batch.targets.items)), stage.prepare(model, batch)
+
+
 def aligned(stage, model, steps, lr=0.01):
     """The values of every step."""
     engine = TorchEngine(model, OptimizerConfig(lr=lr), ParallelConfig(precision="float32"))
     for step in steps:
-        values = engine.backward(stage.loss, stage.prepare(model, stage.load(step, 0)), last=True)
+        values = engine.backward(*part_of(stage, model, step), last=True)
         engine.step(lr)
         yield {name: float(value) for name, value in values.items()}
 
@@ -210,7 +233,7 @@ def test_autocast_loses_no_gradient(log, name):
         engine = TorchEngine(model, OptimizerConfig(), ParallelConfig(precision=precision))
         model.eval()
         model.zero_grad()
-        engine.backward(stage.loss, stage.prepare(model, stage.load(0, 0)), last=True)
+        engine.backward(*part_of(stage, model, 0), last=True)
         gradients[precision] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert gradients["float32"].keys() == gradients["bfloat16"].keys()
     for name, exact in gradients["float32"].items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from genrec.data.chunks import Chunks
 from genrec.models.ugt import UGT, TargetBatch, TokenBatch
 from genrec.training.config import OptimizerConfig, TrainConfig
+from genrec.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,6 @@ class Batch:
 
     tokens: TokenBatch
     targets: TargetBatch
-    share: float  # of one target in the mean over the step: 1 / targets of all its micro-batches
 
 
 class Stage(Protocol):
@@ -41,19 +41,21 @@ class Stage(Protocol):
         """On policy: what the loss needs and takes no gradient of; here the model may be asked anything."""
         ...
 
-    def loss(self, model: UGT, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's part of the mean loss over the step, and of the means to log."""
+    def loss(self, model: UGT, batch: Any, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's part of the mean loss over the step, and of the means to log; share: of one target in that mean,
+        1 / targets of all micro-batches of the step."""
         ...
 
 
-def build_stage(name: str, config: TrainConfig, model: UGT, events: Chunks) -> Stage:
-    """The stage of that name on the given events; `model` holds the weights that the stage starts from."""
+def build_stage(name: str, config: TrainConfig, model: UGT, events: Chunks, ranks: Ranks | None = None) -> Stage:
+    """The stage of that name on the given events; `model` holds the weights that the stage starts from. All ranks call
+    it together."""
     from genrec.training.stages.align import Align
     from genrec.training.stages.finetune import Finetune
     from genrec.training.stages.pretrain import Pretrain
 
     if name == "pretrain":
-        return Pretrain(config.pretrain, config.model, events, config.micro_batches, config.seed)
+        return Pretrain(config.pretrain, config.model, events, config.micro_batches, config.seed, ranks)
     if name == "finetune":
-        return Finetune(config.finetune, config.model, events, config.micro_batches, config.seed)
-    return Align(config.align, model, events, config.micro_batches, config.seed)
+        return Finetune(config.finetune, config.model, events, config.micro_batches, config.seed, ranks)
+    return Align(config.align, model, events, config.micro_batches, config.seed, ranks)

@@ -25,6 +25,7 @@ from genrec.training.batches import TrainingSet, Windows, last_positions, liked_
 from genrec.training.config import AlignConfig
 from genrec.training.loader import Loader
 from genrec.training.objectives import anchored_loss, preference_loss
+from genrec.training.ranks import Ranks
 from genrec.training.stages import Batch
 from genrec.training.validation import SELECT_BY_LIKED
 
@@ -64,7 +65,7 @@ class AlignSet(TrainingSet):
         ])  # fmt: skip
         return Windows(windows.begin, chosen, chosen + 1)
 
-    def candidates(self, windows: Windows, share: float) -> Candidates:
+    def candidates(self, windows: Windows) -> Candidates:
         """The batch of windows with one target each."""
         cu_events = self.sequences.cu_events
         users = np.searchsorted(cu_events, windows.first_target, side="right") - 1
@@ -79,7 +80,7 @@ class AlignSet(TrainingSet):
             return torch.from_numpy(rows)
 
         kept, disliked = items(had | self.liked[events]), items(self.disliked[events])
-        return Candidates(*self.batch(windows), share, kept, disliked)
+        return Candidates(*self.batch(windows), kept, disliked)
 
 
 class Align:
@@ -89,7 +90,15 @@ class Align:
     select_by = SELECT_BY_LIKED
     on_policy = True
 
-    def __init__(self, config: AlignConfig, model: UGT, events: Chunks, micro_batches: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: AlignConfig,
+        model: UGT,
+        events: Chunks,
+        micro_batches: int,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config, self.seed = config, seed
         self.epochs, self.optimizer = config.epochs, config.optimizer
         self.max_recall_loss = config.max_recall_loss
@@ -99,6 +108,7 @@ class Align:
             config.batch_tokens,
             micro_batches,
             seed,
+            ranks,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -106,9 +116,8 @@ class Align:
         self.trie = Trie(semantic_ids).to(model.codes.device)
 
     def load(self, step: int, micro: int) -> Candidates:
-        data, windows = self.loader[step]
-        rng = np.random.default_rng([self.seed, step, micro])
-        return data.candidates(data.one_liked_target(windows[micro], rng), 1 / sum(map(len, windows)))
+        data, windows = self.loader[step, micro]
+        return data.candidates(data.one_liked_target(windows, np.random.default_rng([self.seed, step, micro])))
 
     @torch.no_grad()
     def prepare(self, model: UGT, batch: Candidates) -> Pairs:
@@ -120,22 +129,19 @@ class Align:
         reference = -self.reference.code_losses(hidden, pairs.items)
         codes = model.codes[pairs.items].view(len(rejected), -1, model.levels)
         alike = (codes[:, 1:] == codes[:, :1]).cummin(2).values
-        return Pairs(
-            batch.tokens, batch.targets, batch.share,
-            pairs, rejected > 0, alike, reference.view(*codes.shape),
-        )  # fmt: skip
+        return Pairs(batch.tokens, batch.targets, pairs, rejected > 0, alike, reference.view(*codes.shape))
 
-    def loss(self, model: UGT, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: UGT, batch: Pairs, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         vectors = model.item_vectors()
         encoded = model.encode(batch.tokens, vectors)
         hidden = model.decode(encoded, batch.tokens, batch.pairs)
         policy = -model.code_losses(hidden, batch.pairs.items).view_as(batch.reference)
         preference, values = preference_loss(
-            policy - batch.reference, batch.alike, batch.exists, self.config.beta, batch.share
+            policy - batch.reference, batch.alike, batch.exists, self.config.beta, share
         )
         first = hidden.view(*batch.reference.shape[:2], *hidden.shape[1:])[:, 0]  # the rows of the chosen items
         anchor, anchor_values = anchored_loss(
-            model, encoded, first, batch.targets, vectors, self.config.item_weight, batch.share
+            model, encoded, first, batch.targets, vectors, self.config.item_weight, share
         )
         loss = anchor + self.config.weight * preference
         return loss, {**anchor_values, **values, "loss": loss.detach()}

@@ -27,12 +27,11 @@ class NextItem:
         self.steps_per_epoch = loader.steps_per_epoch
 
     def load(self, step: int, micro: int) -> Batch:
-        data, windows = self.loader[step]
-        targets = sum(int(data.targets(part).sum()) for part in windows)
-        return Batch(*data.batch(windows[micro]), share=1 / targets)
+        data, windows = self.loader[step, micro]
+        return Batch(*data.batch(windows))
 
     def prepare(self, model: UGT, batch: Batch) -> Batch:
         return batch
 
-    def loss(self, model: UGT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return next_item_loss(model, batch.tokens, batch.targets, self.item_weight, batch.share)
+    def loss(self, model: UGT, batch: Batch, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return next_item_loss(model, batch.tokens, batch.targets, self.item_weight, share)

@@ -10,6 +10,7 @@ from genrec.models.ugt import UGTConfig
 from genrec.training.batches import TrainingSet, all_positions
 from genrec.training.config import PretrainConfig
 from genrec.training.loader import Loader
+from genrec.training.ranks import Ranks
 from genrec.training.stages.next_item import NextItem
 from genrec.training.validation import SELECT_BY
 
@@ -20,10 +21,18 @@ class Pretrain(NextItem):
     name = "pretrain"
     select_by = SELECT_BY
 
-    def __init__(self, config: PretrainConfig, model: UGTConfig, events: Chunks, micro_batches: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: UGTConfig,
+        events: Chunks,
+        micro_batches: int,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         def prepare(sequences: EventSequences) -> TrainingSet:
             windows = all_positions(sequences.cu_events, model.max_events)
             return TrainingSet(sequences, windows, np.ones(len(sequences.item_ids), bool), model)
 
-        loader = Loader(events, prepare, config.batch_tokens, micro_batches, seed)
+        loader = Loader(events, prepare, config.batch_tokens, micro_batches, seed, ranks)
         super().__init__(loader, config.item_weight, config.epochs, config.optimizer)

@@ -29,11 +29,14 @@ def demo_model() -> UGT:
         return small.model(ITEMS, (64, 64, 64), **DEMO)
 
 
-def pretraining(users: int, batch_tokens: int) -> Pretrain:
-    """The first stage over histories of 20 to 120 events."""
-    log = small.sequences(small.random_users(users, ITEMS, 120, least=20))
-    config = UGTConfig(max_events=DEMO["max_events"])
-    return Pretrain(PretrainConfig(batch_tokens=batch_tokens), config, Chunks.of(log), 1, seed=0)
+def histories(users: int) -> Chunks:
+    """Of 20 to 120 events."""
+    return Chunks.of(small.sequences(small.random_users(users, ITEMS, 120, least=20)))
+
+
+def pretraining(events: Chunks, batch_tokens: int) -> Pretrain:
+    """The first stage, a micro-batch a step."""
+    return Pretrain(PretrainConfig(batch_tokens=batch_tokens), UGTConfig(max_events=DEMO["max_events"]), events, 1, 0)
 
 
 @contextmanager

@@ -136,13 +136,13 @@ def test_backward_flops_are_counted_as_in_the_benchmark(operator, case):
 
 
 def test_the_demo_is_that_of_the_benchmark():
-    from bench.demo_model import demo_model, pretraining
+    from bench.demo_model import demo_model, histories, pretraining
 
     config, codes, items = scaling.DEMO
     model = demo_model()
     assert replace(model.config, dropout=config.dropout) == config
     assert (model.vocabulary.items, model.vocabulary.codebook_sizes) == (items, codes)
-    batch = pretraining(160, 3200).load(0, 0)
+    batch = pretraining(histories(160), 3200).load(0, 0)
     tokens, targets = batch.tokens, batch.targets
     lengths = tokens.cu_seqlens.diff()
     starts = tokens.cu_seqlens[:-1].repeat_interleave(targets.cu_seqlens.diff())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from genrec.training.batches import TrainingSet
 
@@ -30,6 +34,29 @@ class Histories(Dataset[Stretch]):
 def packing_loader(data: TrainingSet, steps: int) -> DataLoader[Stretch]:
     """An epoch in `steps` batches. Fair: it packs as we do, shares its process as we do, and has only items to pack."""
     return DataLoader(Histories(data), -(-len(data) // steps), shuffle=True, collate_fn=_packed)
+
+
+class Streamed(IterableDataset[Stretch]):
+    """The same of histories in part files, of which a row group at a time is read and shuffled."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.files = [pq.ParquetFile(path) for path in paths]
+
+    def __iter__(self) -> Iterator[Stretch]:
+        rng = np.random.default_rng()
+        groups = [(file, group) for file in self.files for group in range(file.num_row_groups)]
+        for number in rng.permutation(len(groups)):
+            file, group = groups[number]
+            column = file.read_row_group(group, ["item_ids"])["item_ids"].combine_chunks()
+            items, offsets = torch.from_numpy(column.values.to_numpy().astype(np.int64)), column.offsets.to_numpy()
+            for row in rng.permutation(len(column)):
+                history = items[offsets[row] : offsets[row + 1]]
+                yield history[:-1], history[1:]
+
+
+def streaming_loader(paths: list[Path], histories: int) -> DataLoader[Stretch]:
+    """An epoch in batches of so many histories. Fair: as above, and it reads one of seven columns."""
+    return DataLoader(Streamed(paths), histories, collate_fn=_packed)
 
 
 def _packed(rows: list[Stretch]) -> tuple[Tensor, Tensor, Tensor]:

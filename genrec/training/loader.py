@@ -100,7 +100,6 @@ class Loader(Generic[D]):
         """(chunks, lanes, 3) int64: windows, tokens, and tokens of the longest window; every rank counts a part."""
         count, lanes = self.chunks.count, self.chunks.lanes
         mine = range(ranks.rank, count * lanes, ranks.world)
-
         shown = tqdm(mine, desc="counting", unit="part", disable=count == 1 or not ranks.first)
         counted = [_size(self._data((*divmod(part, lanes), lanes))) for part in shown]
         sizes = np.zeros((count * lanes, 3), np.int64)

@@ -138,7 +138,9 @@ def test_model_trains_without_the_two_last_events(finished, config, tmp_path, mo
     """Validation and test events reach no stage and no memory; after a refit only the test event is unseen."""
     given, models = [], []
     monkeypatch.setattr(
-        run_module, "build_stage", lambda _, __, model, events: models.append(model) or given.append(events) or 1 / 0
+        run_module,
+        "build_stage",
+        lambda _, __, model, events, ranks: models.append(model) or given.append(events) or 1 / 0,
     )
     sequences = load_sequences(config.features)
     config = dataclasses.replace(config, model=small.config(transitions=3))
@@ -163,7 +165,7 @@ def test_split_by_time_reaches_training_and_validation(finished, config, tmp_pat
     save_split(features, split)
     given = []
     build = run_module.build_stage
-    monkeypatch.setattr(run_module, "build_stage", lambda *arguments: given.append(arguments[-1]) or build(*arguments))
+    monkeypatch.setattr(run_module, "build_stage", lambda *arguments: given.append(arguments[3]) or build(*arguments))
     config = dataclasses.replace(config, features=features, stages=("pretrain",))
     train(dataclasses.replace(config, out=tmp_path / "run"))
     train(dataclasses.replace(config, out=tmp_path / "refit", refit=tmp_path / "run"))

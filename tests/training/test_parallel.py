@@ -52,14 +52,15 @@ def test_two_ranks_train_what_one_does(arguments, alone, tmp_path, engine):
 
 
 def test_two_ranks_that_each_read_lanes_of_their_own(arguments, inputs, tmp_path):
-    """A log that no rank has in memory, every rank reading only what it trains on: the same training."""
+    """A log that no rank has in memory, every rank reading only what it trains on, killed once: the same training."""
     shutil.copytree(inputs[0], tmp_path / "features")
     (part,) = (tmp_path / "features" / "sequences").iterdir()
     pq.write_table(pq.read_table(part), part, row_group_size=2)
     assert stream_sequences(tmp_path / "features", 150, PARTS).lanes == 2
     settings = {"features": tmp_path / "features", "chunk_events": 150, "micro_batches": PARTS}
     finish(arguments(tmp_path / "one", **settings))
-    finish(arguments(tmp_path / "two", **settings), ranks=2)
+    kill_at(arguments(tmp_path / "two", **settings), "pretrain", 5, ranks=2)  # in the middle of a chunk
+    finish(arguments(tmp_path / "two", resume=True, **settings), ranks=2)
     same_training(tmp_path / "one", tmp_path / "two")
 
 

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from genrec.data.chunks import Chunks
 from genrec.kernels.library import PLAIN
 from genrec.models.ugt import UGT, UGTConfig
 from genrec.training.config import PretrainConfig
+from genrec.training.loader import Loader
 from genrec.training.stages.pretrain import Pretrain
 from tests import small
 
@@ -36,7 +38,8 @@ def histories(users: int) -> Chunks:
 
 def pretraining(events: Chunks, batch_tokens: int) -> Pretrain:
     """The first stage, a micro-batch a step."""
-    return Pretrain(PretrainConfig(batch_tokens=batch_tokens), UGTConfig(max_events=DEMO["max_events"]), events, 1, 0)
+    config = UGTConfig(max_events=DEMO["max_events"])
+    return Pretrain(PretrainConfig(batch_tokens=batch_tokens), config, partial(Loader, events))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -106,6 +106,9 @@ class Loader(Generic[D]):
         for rank, part in enumerate(ranks.gather(counted)):
             sizes[rank :: ranks.world] = np.array(part, np.int64).reshape(-1, 3)
         return sizes.reshape(count, lanes, 3)
+
+
+LoaderOf = Callable[[Callable[[EventSequences], Any], int], Loader[Any]]  # prepare, batch_tokens: all else is settled
 
 
 def deal(lengths: IntArray, hands: int, rng: np.random.Generator) -> list[IntArray]:

@@ -1,5 +1,7 @@
 """What test_nvtx.py listens to: one training step and one batch of requests of a small model."""
 
+from functools import partial
+
 import numpy as np
 import small
 
@@ -8,12 +10,13 @@ from genrec.generation import Recommender, RecommenderConfig
 from genrec.kernels.ranges import span
 from genrec.training.config import OptimizerConfig, PretrainConfig
 from genrec.training.engines.torch import TorchEngine
+from genrec.training.loader import Loader
 from genrec.training.stages.pretrain import Pretrain
 from genrec.training.step import Trainer
 
 model = small.model(30, encoder_layers=2, decoder_layers=1)
 histories = small.sequences(small.random_users(6, 30, 12, least=4))
-stage = Pretrain(PretrainConfig(batch_tokens=1000), model.config, Chunks.of(histories), micro_batches=1, seed=0)
+stage = Pretrain(PretrainConfig(batch_tokens=1000), model.config, partial(Loader, Chunks.of(histories)))
 trainer = Trainer(stage, model, TorchEngine(model, OptimizerConfig()), total=20, seed=0)
 (batches,) = trainer.micro_batches(7, 8, 1)
 with span(stage.name):

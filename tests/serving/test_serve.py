@@ -33,6 +33,11 @@ def nothing_shared_is_left():
     assert not [path for path in set(SHARED_MEMORY.iterdir()) - before if path.name.startswith("genrec-serve-")]
 
 
+def listen():
+    """To SIGINT, which a background job ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def serve(own, serving_python, free_ports):
     """serve() → a genrec serve process on it, and its ports."""
@@ -43,7 +48,6 @@ def serve(own, serving_python, free_ports):
         argv = ["serve", "--repository", str(own), *(["--python", str(serving_python)] if serving_python else [])]
         for name in ("http", "grpc", "metrics"):
             argv += [f"--{name}_port", str(getattr(ports, name))]
-        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  a background job ignores it
         command = [sys.executable, "-m", "genrec", *argv]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, **pipes, text=True, preexec_fn=listen))

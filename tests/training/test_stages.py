@@ -12,6 +12,7 @@ from genrec.data.chunks import Chunks
 from genrec.training.batches import Windows
 from genrec.training.config import AlignConfig, FinetuneConfig, OptimizerConfig, ParallelConfig, PretrainConfig
 from genrec.training.engines.torch import TorchEngine
+from genrec.training.loader import Loader
 from genrec.training.objectives import next_item_loss
 from genrec.training.stages.align import Align
 from genrec.training.stages.finetune import Finetune
@@ -28,6 +29,11 @@ def log():
     users = [rng.integers(0, ITEMS + 1, rng.integers(1, 20)).tolist() for _ in range(20)]
     ratings = [[float(r) if r else np.nan for r in rng.integers(0, 6, len(user))] for user in users]
     return small.sequences(users, ratings)
+
+
+def dealt(log, micro_batches=1, seed=0):
+    """What makes a stage's loader."""
+    return partial(Loader, Chunks.of(log), micro_batches=micro_batches, seed=seed)
 
 
 def history(log, event):
@@ -47,7 +53,7 @@ def items_of(stage):
 
 
 def test_pretrain_trains_on_everything(log):
-    stage = Pretrain(PretrainConfig(batch_tokens=40), small.config(), Chunks.of(log), 2, seed=0)
+    stage = Pretrain(PretrainConfig(batch_tokens=40), small.config(), dealt(log, 2))
     items = items_of(stage)
     starts = set(log.cu_events[:-1].tolist())
     expected = [int(item) for event, item in enumerate(log.item_ids) if item and event not in starts]
@@ -56,7 +62,7 @@ def test_pretrain_trains_on_everything(log):
 
 def test_a_step_weighs_each_of_its_targets_alike(log):
     model = small.model(ITEMS, dropout=0.0)
-    stage = Pretrain(PretrainConfig(batch_tokens=40), model.config, Chunks.of(log), 3, seed=0)
+    stage = Pretrain(PretrainConfig(batch_tokens=40), model.config, dealt(log, 3))
     engine = TorchEngine(model, OptimizerConfig(), ParallelConfig(precision="float32"))
     trainer = Trainer(stage, model, engine, total=9, seed=0)
     (batches,) = trainer.micro_batches(0, 1, 3)
@@ -73,7 +79,7 @@ def test_a_step_weighs_each_of_its_targets_alike(log):
 @pytest.mark.parametrize("last_targets", [1, 3, 50])
 def test_finetune_trains_on_the_last_events_that_were_liked(log, last_targets):
     config = FinetuneConfig(batch_tokens=40, last_targets=last_targets, liked_from=4.0)
-    stage = Finetune(config, small.config(max_events=12), Chunks.of(log), 2, seed=0)
+    stage = Finetune(config, small.config(max_events=12), dealt(log, 2))
     items = items_of(stage)
     expected = []
     for user in range(len(log)):
@@ -86,7 +92,7 @@ def test_finetune_trains_on_the_last_events_that_were_liked(log, last_targets):
 def align(log, model=None, micro_batches=1, **settings):
     model = model or small.model(ITEMS)
     config = AlignConfig(**{"batch_tokens": 60, "beams": 12, "negatives": 4, **settings})
-    return Align(config, model, Chunks.of(log), micro_batches, seed=3), model
+    return Align(config, model, dealt(log, micro_batches, seed=3)), model
 
 
 def test_align_chooses_one_liked_event_per_user(log):
@@ -224,9 +230,7 @@ def test_autocast_loses_no_gradient(log, name):
     """Weights cast inside no_grad, for the beams, must not be reused without a gradient."""
     model = small.model(ITEMS, experts=2)
     stage = (
-        align(log, model)[0]
-        if name == "align"
-        else Pretrain(PretrainConfig(batch_tokens=40), model.config, Chunks.of(log), 1, 0)
+        align(log, model)[0] if name == "align" else Pretrain(PretrainConfig(batch_tokens=40), model.config, dealt(log))
     )
     gradients = {}
     for precision in ("float32", "bfloat16"):
@@ -244,9 +248,9 @@ def test_autocast_loses_no_gradient(log, name):
 
 def test_empty_stages_have_no_steps():
     disliked = small.sequences([[1, 2, 3], [4, 5]], [[1.0, 1.0, 1.0], [2.0, 2.0]])
-    assert Finetune(FinetuneConfig(), small.config(), Chunks.of(disliked), 1, 0).steps_per_epoch == 0
+    assert Finetune(FinetuneConfig(), small.config(), dealt(disliked)).steps_per_epoch == 0
     assert align(disliked)[0].steps_per_epoch == 0
-    assert Pretrain(PretrainConfig(), small.config(), Chunks.of(small.sequences([[1]])), 1, 0).steps_per_epoch == 0
+    assert Pretrain(PretrainConfig(), small.config(), dealt(small.sequences([[1]]))).steps_per_epoch == 0
 
 
 def test_windows_take():

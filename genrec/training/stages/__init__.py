@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from genrec.data.chunks import Chunks
 from genrec.models.ugt import UGT, TargetBatch, TokenBatch
 from genrec.training.config import OptimizerConfig, TrainConfig
+from genrec.training.loader import Loader
 from genrec.training.ranks import Ranks
 
 
@@ -54,8 +56,9 @@ def build_stage(name: str, config: TrainConfig, model: UGT, events: Chunks, rank
     from genrec.training.stages.finetune import Finetune
     from genrec.training.stages.pretrain import Pretrain
 
+    loader = partial(Loader, events, micro_batches=config.micro_batches, seed=config.seed, ranks=ranks)
     if name == "pretrain":
-        return Pretrain(config.pretrain, config.model, events, config.micro_batches, config.seed, ranks)
+        return Pretrain(config.pretrain, config.model, loader)
     if name == "finetune":
-        return Finetune(config.finetune, config.model, events, config.micro_batches, config.seed, ranks)
-    return Align(config.align, model, events, config.micro_batches, config.seed, ranks)
+        return Finetune(config.finetune, config.model, loader)
+    return Align(config.align, model, loader)

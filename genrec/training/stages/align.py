@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genrec.data.chunks import Chunks
 from genrec.data.sequences import ragged_ranges
 from genrec.generation.beam_search import beam_search
 from genrec.generation.trie import Trie
@@ -23,9 +22,8 @@ from genrec.interfaces import EventSequences, SemanticIds
 from genrec.models.ugt import UGT, TargetBatch, UGTConfig
 from genrec.training.batches import TrainingSet, Windows, last_positions, liked_events
 from genrec.training.config import AlignConfig
-from genrec.training.loader import Loader
+from genrec.training.loader import Loader, LoaderOf
 from genrec.training.objectives import anchored_loss, preference_loss
-from genrec.training.ranks import Ranks
 from genrec.training.stages import Batch
 from genrec.training.validation import SELECT_BY_LIKED
 
@@ -90,25 +88,11 @@ class Align:
     select_by = SELECT_BY_LIKED
     on_policy = True
 
-    def __init__(
-        self,
-        config: AlignConfig,
-        model: UGT,
-        events: Chunks,
-        micro_batches: int,
-        seed: int,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.config, self.seed = config, seed
-        self.epochs, self.optimizer = config.epochs, config.optimizer
+    def __init__(self, config: AlignConfig, model: UGT, loader: LoaderOf) -> None:
+        self.config, self.epochs, self.optimizer = config, config.epochs, config.optimizer
         self.max_recall_loss = config.max_recall_loss
-        self.loader = Loader(
-            events,
-            lambda sequences: AlignSet(sequences, config, model.config),
-            config.batch_tokens,
-            micro_batches,
-            seed,
-            ranks,
+        self.loader: Loader[AlignSet] = loader(
+            lambda sequences: AlignSet(sequences, config, model.config), config.batch_tokens
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -117,7 +101,7 @@ class Align:
 
     def load(self, step: int, micro: int) -> Candidates:
         data, windows = self.loader[step, micro]
-        return data.candidates(data.one_liked_target(windows, np.random.default_rng([self.seed, step, micro])))
+        return data.candidates(data.one_liked_target(windows, np.random.default_rng([self.loader.seed, step, micro])))
 
     @torch.no_grad()
     def prepare(self, model: UGT, batch: Candidates) -> Pairs:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from genrec.data.chunks import Chunks
 from genrec.interfaces import EventSequences
 from genrec.models.ugt import UGTConfig
 from genrec.training.batches import TrainingSet, last_positions, liked_events
 from genrec.training.config import FinetuneConfig
-from genrec.training.loader import Loader
-from genrec.training.ranks import Ranks
+from genrec.training.loader import LoaderOf
 from genrec.training.stages.next_item import NextItem
 from genrec.training.validation import SELECT_BY_LIKED
 
@@ -19,18 +17,9 @@ class Finetune(NextItem):
     name = "finetune"
     select_by = SELECT_BY_LIKED
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        model: UGTConfig,
-        events: Chunks,
-        micro_batches: int,
-        seed: int,
-        ranks: Ranks | None = None,
-    ) -> None:
+    def __init__(self, config: FinetuneConfig, model: UGTConfig, loader: LoaderOf) -> None:
         def prepare(sequences: EventSequences) -> TrainingSet:
             windows = last_positions(sequences.cu_events, model.max_events, config.last_targets)
             return TrainingSet(sequences, windows, liked_events(sequences, config.liked_from), model)
 
-        loader = Loader(events, prepare, config.batch_tokens, micro_batches, seed, ranks)
-        super().__init__(loader, config.item_weight, config.epochs, config.optimizer)
+        super().__init__(loader(prepare, config.batch_tokens), config)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genrec.models.ugt import UGT
 from genrec.training.batches import TrainingSet
-from genrec.training.config import OptimizerConfig
+from genrec.training.config import FinetuneConfig, PretrainConfig
 from genrec.training.loader import Loader
 from genrec.training.objectives import next_item_loss
 from genrec.training.stages import Batch
@@ -20,11 +20,9 @@ class NextItem:
     max_recall_loss = math.inf
     on_policy = False
 
-    def __init__(
-        self, loader: Loader[TrainingSet], item_weight: float, epochs: float, optimizer: OptimizerConfig
-    ) -> None:
-        self.loader, self.item_weight, self.epochs, self.optimizer = loader, item_weight, epochs, optimizer
-        self.steps_per_epoch = loader.steps_per_epoch
+    def __init__(self, loader: Loader[TrainingSet], config: PretrainConfig | FinetuneConfig) -> None:
+        self.loader, self.steps_per_epoch = loader, loader.steps_per_epoch
+        self.item_weight, self.epochs, self.optimizer = config.item_weight, config.epochs, config.optimizer
 
     def load(self, step: int, micro: int) -> Batch:
         data, windows = self.loader[step, micro]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from genrec.data.chunks import Chunks
 from genrec.interfaces import EventSequences
 from genrec.models.ugt import UGTConfig
 from genrec.training.batches import TrainingSet, all_positions
 from genrec.training.config import PretrainConfig
-from genrec.training.loader import Loader
-from genrec.training.ranks import Ranks
+from genrec.training.loader import LoaderOf
 from genrec.training.stages.next_item import NextItem
 from genrec.training.validation import SELECT_BY
 
@@ -21,18 +19,9 @@ class Pretrain(NextItem):
     name = "pretrain"
     select_by = SELECT_BY
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        model: UGTConfig,
-        events: Chunks,
-        micro_batches: int,
-        seed: int,
-        ranks: Ranks | None = None,
-    ) -> None:
+    def __init__(self, config: PretrainConfig, model: UGTConfig, loader: LoaderOf) -> None:
         def prepare(sequences: EventSequences) -> TrainingSet:
             windows = all_positions(sequences.cu_events, model.max_events)
             return TrainingSet(sequences, windows, np.ones(len(sequences.item_ids), bool), model)
 
-        loader = Loader(events, prepare, config.batch_tokens, micro_batches, seed, ranks)
-        super().__init__(loader, config.item_weight, config.epochs, config.optimizer)
+        super().__init__(loader(prepare, config.batch_tokens), config)

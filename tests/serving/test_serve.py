@@ -1,7 +1,6 @@
 """genrec serve as a process of its own: what it prints, how it ends, what it leaves behind."""
 
 import json
-import os
 import shlex
 import signal
 import socket
@@ -63,10 +62,10 @@ def serve(own, serving_python, free_ports):
 def processes_of(directory):
     """Command lines that name the directory: the server's and its stubs'."""
     found = []
-    for number in filter(str.isdigit, os.listdir("/proc")):
+    for process in Path("/proc").iterdir():
         try:
-            line = Path("/proc", number, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended meanwhile
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # no process, or one that has ended meanwhile
             continue
         if str(directory) in line and "-m genrec serve" not in line:
             found.append(line)

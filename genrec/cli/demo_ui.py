@@ -10,6 +10,7 @@ import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 
+from genrec.cli.signals import TerminatedError, held_signals
 from genrec.demo_ui.answers import Demo
 from genrec.demo_ui.server import Server
 from genrec.generation.storage import load_run
@@ -35,14 +36,20 @@ def run(config: Config) -> None:
         raise ValueError(f"port is {config.port}; expected 0 to 65535")
     demo = Demo(load_run(config.run, config.features), config.run.resolve().name)
     try:
-        server = Server(config.host, config.port, demo)
+        with held_signals() as check, _server(config, demo) as server:
+            print(f"{server.url} shows {config.run}; Ctrl-C stops it", flush=True)
+            if config.open_browser:
+                webbrowser.open(server.url)
+            server.serve(check)
+    except TerminatedError:
+        print("stopped")
+
+
+def _server(config: Config, demo: Demo) -> Server:
+    try:
+        return Server(config.host, config.port, demo)
     except OSError as error:
         raise OSError(
             f"port {config.port} cannot be had on {config.host} ({error.strerror}); stop what listens there or pass "
             "another --port"
         ) from None
-    with server:
-        print(f"{server.url} shows {config.run}; Ctrl-C stops it", flush=True)
-        if config.open_browser:
-            webbrowser.open(server.url)
-        server.serve_forever()

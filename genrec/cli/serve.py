@@ -10,14 +10,12 @@ tritonserver, the command that starts one with docker is printed.
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from genrec.cli.signals import TerminatedError, held_signals
 from genrec.export.triton_server import Repository, read_repository
 from genrec.serving.program import NoServerError, docker_line, find_program
 from genrec.serving.server import Ports, Server, running
@@ -59,11 +57,15 @@ def run(config: Config) -> None:
     ports = Ports(config.http_port, config.grpc_port, config.metrics_port, config.host)
     loading = Console(stderr=True).status(f"loading the models of {directory} …")
     try:
-        with _signals() as check, loading, running(repository, program, ports, log, config.timeout, check) as server:
+        with (
+            held_signals() as check,
+            loading,
+            running(repository, program, ports, log, config.timeout, check) as server,
+        ):
             loading.stop()
             _announce(server, repository)
             server.wait(check)
-    except _TerminatedError:
+    except TerminatedError:
         print("stopped")
 
 
@@ -84,33 +86,6 @@ def _repository(config: Config) -> Path:
 
         export.run(export.Config(config.run, "triton", out, overwrite=True))
     return out
-
-
-class _TerminatedError(Exception):
-    """SIGTERM, which is how a server is meant to be ended."""
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], None]]:
-    """check() raises what a SIGINT or SIGTERM of this block asks for.
-
-    A handler that raises by itself does so anywhere: inside Popen, whose server nobody would know of; in a callback,
-    where Python drops the exception and we would serve on; while the server is being stopped. What was ignored before,
-    as a shell lets its background jobs ignore SIGINT, still is.
-    """
-    came: list[int] = []
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt if came[0] == signal.SIGINT else _TerminatedError
-
-    try:
-        yield check
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _announce(server: Server, repository: Repository) -> None:

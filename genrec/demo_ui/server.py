@@ -8,6 +8,7 @@ what is asked by POST must be JSON, which a form on another site cannot send.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import ipaddress
 import json
@@ -15,6 +16,7 @@ import re
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
@@ -31,15 +33,44 @@ PER_PAGE = 100
 class Server(ThreadingHTTPServer):
     """Serves one run; `server_address` says where."""
 
-    daemon_threads = True
+    daemon_threads = False  # one that outlives the interpreter aborts the process where it lets go of a tensor
     request_queue_size = 128  # that wait to be accepted; the default of 5 resets connections on a busy machine
 
     def __init__(self, host: str, port: int, demo: Demo) -> None:
         self.demo, self.page = demo, read_page()
+        self._connections: set[socket.socket] = set()
+        self._check: Callable[[], None] = lambda: None
         self.policy = _policy(self.page)
         self.host = host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+
+    def serve(self, check: Callable[[], None]) -> None:
+        """Answer until `check` raises, which is called after every request and ten times a second."""
+        self._check = check
+        self.serve_forever(poll_interval=0.1)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever between requests."""
+        self._check()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Remember the connection, for server_close."""
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """The request is answered: forget the connection."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Hang up on everybody, also on who never said a word, and wait until their threads have ended."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):  # it ended just now
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away is not worth a traceback."""

@@ -1,15 +1,30 @@
 """genrec demo-ui as a user types it."""
 
+import contextlib
+import http.client
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 
-def test_serves_until_interrupted(trained):
+def read_until_gone(url, pages):
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while True:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                pages.put(answer.read())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [(signal.SIGINT, 130, ("", "genrec demo-ui: error: interrupted\n")), (signal.SIGTERM, 0, ("stopped\n", ""))],
+)
+def test_serves_until_it_is_told_to_stop(trained, number, code, words):
     command = [sys.executable, "-c", "import sys; from genrec.cli import main; sys.exit(main(sys.argv[1:]))"]
     arguments = ["demo-ui", str(trained), "--port", "0"]
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  a background job ignores it
@@ -19,11 +34,17 @@ def test_serves_until_interrupted(trained):
         line = process.stdout.readline()
         url, rest = line.split(" ", 1)
         assert rest == f"shows {trained}; Ctrl-C stops it\n"
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            assert b"<!doctype html>" in answer.read(100)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "genrec demo-ui: error: interrupted\n")
+        pages: queue.Queue[bytes] = queue.Queue()
+        with ThreadPoolExecutor(8) as readers:  # who keep it busy meanwhile
+            for _ in range(8):
+                readers.submit(read_until_gone, url, pages)
+            try:
+                assert all(b"<!doctype html>" in pages.get(timeout=60) for _ in range(40))
+                process.send_signal(number)
+                said = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    assert (process.returncode, said) == (code, words)
 
 
 def test_a_port_that_is_taken(trained, refused):

@@ -1,5 +1,6 @@
 """The page of a small run over real HTTP, with one title that is not only text."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -41,14 +42,28 @@ def demo(run_directory: Path) -> Demo:
     return Demo(load_run(run_directory, run_directory / "features"), "a run")
 
 
-@pytest.fixture(scope="session")
-def server(demo):
+@contextlib.contextmanager
+def served(demo):
+    """A server in a thread of its own."""
     with Server("127.0.0.1", 0, demo) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def server(demo):
+    with served(demo) as server:
         yield server
-        server.shutdown()
-        thread.join()
+
+
+@pytest.fixture
+def serve():
+    return served
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 
 from genrec.data.sequences import take_users
 from genrec.demo_ui.question import Question
-from genrec.demo_ui.server import Server
+from genrec.demo_ui.server import Handler, Server
 from genrec.generation import Recommender
 
 
@@ -274,3 +274,16 @@ def test_an_item_that_the_vocabulary_lost(demo, monkeypatch):
 def test_the_address_to_type(host, url):
     with Server(host, 0, SimpleNamespace()) as server:
         assert server.url == f"{url}{server.server_address[1]}/"
+
+
+def test_close_hangs_up_and_leaves_no_thread(serve, demo, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", None)  # else the silent one would be dropped after half a minute
+    before = set(threading.enumerate())
+    with serve(demo) as server:
+        silent = socket.create_connection(server.server_address, timeout=20)
+        assert "200 OK" in raw(
+            server, "GET / HTTP/1.0", "Host: localhost"
+        )  # the silent one, who was first, has a thread
+    with silent:
+        assert silent.recv(1) == b""
+    assert set(threading.enumerate()) <= before

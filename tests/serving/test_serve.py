@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from genrec.cli import serve as serve_module
 from genrec.export.triton_server import write_repository
 from genrec.serving.server import SHARED_MEMORY, Ports, last_words
 
@@ -102,30 +101,6 @@ def test_ctrl_c_while_the_models_load(own, serve):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "genrec serve: error: interrupted"
     assert not processes_of(own)
-
-
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, serve_module._TerminatedError)]
-)
-def test_a_signal_waits_for_the_next_check(number, error):
-    """Raised where it arrives, it could leave a server that nobody knows of, or be dropped by Python."""
-    before = signal.signal(number, signal.default_int_handler)  # a background job ignores SIGINT
-    with serve_module._signals() as check:
-        check()
-        signal.raise_signal(number)
-        with pytest.raises(error):
-            check()
-    assert signal.signal(number, before) is signal.default_int_handler
-
-
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with serve_module._signals() as check:
-            signal.raise_signal(signal.SIGINT)
-            check()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_model_that_does_not_load(own, serve):

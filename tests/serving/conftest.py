@@ -100,7 +100,7 @@ def server(repository, serving_python, free_ports):
     """A server on it, ready."""
     program = find_program(serving_python, repository)
     log = repository.directory.with_name("server.log")
-    with running(repository, program, free_ports(), log, timeout=60) as ready:
+    with running(repository, program, free_ports(), log, timeout=300) as ready:
         yield ready
 
 

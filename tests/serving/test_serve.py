@@ -81,11 +81,11 @@ def test_serve_says_where_and_sigterm_ends_it(own, serve):
     assert lines[0] == f"serving {own}, version 1; Ctrl-C stops it"
     assert f"http://127.0.0.1:{ports.metrics}/metrics" in "\n".join(lines)
     words = shlex.split(lines[-1])
-    with urllib.request.urlopen(words[2], words[4].encode(), timeout=10) as answer:
+    with urllib.request.urlopen(words[2], words[4].encode(), timeout=60) as answer:
         assert json.load(answer)["outputs"][0]["name"] == "item_ids"
     assert len(processes_of(own)) >= 4  # the server, two stubs of the service, one of the graph
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out.strip(), err.strip().count("\n")) == (0, "stopped", 0)
     assert not processes_of(own)
     assert "Started HTTPService" in own.with_name("own.log").read_text()

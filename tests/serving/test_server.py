@@ -49,7 +49,7 @@ def post(server, path, body):
     data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{server.ports.http}{path}", data)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -60,7 +60,7 @@ def request(data, shape=None, datatype="BYTES", name="history"):
 
 
 def metrics(server):
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.ports.metrics}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.ports.metrics}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
@@ -237,28 +237,35 @@ def test_a_new_version_takes_over_without_a_dropped_request(server, repository, 
     """Catalogue and graph change hands together: every answer is wholly of one version."""
     stop, histories = threading.Event(), random_indices(40, seed=2)
     truth = {version: expected(export, *histories) for version, export in exports.items()}
+    versions = [[] for _ in range(8)]
 
     def ask_on(number):
-        client, seen = connect("http" if number % 2 else "grpc"), []
+        client, seen = connect("http" if number % 2 else "grpc"), versions[number]
         while not stop.is_set():
             place = (number + len(seen)) % len(histories)
             answer = client.recommend([names(histories[place])])
             assert (answer.item_ids[0], answer.titles[0], answer.scores[0]) == truth[answer.version][place]
             seen.append(answer.version)
-        return seen
 
-    with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(ask_on, number) for number in range(8)]
+    def everybody_sees(version):
+        while not all(version in seen for seen in versions):
+            for client in clients:
+                assert not client.done(), client.exception()
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(len(versions)) as pool:
+        clients = [pool.submit(ask_on, number) for number in range(len(versions))]
         try:
-            time.sleep(0.5)
+            everybody_sees(1)
             assert add_version(exports[2], repository.directory) == 2
             for model in ("recommend_graph", "recommend"):
                 status, answer = post(server, f"/v2/repository/models/{model}/load", {})
                 assert status == 200, answer
-            time.sleep(1)
+            everybody_sees(2)
         finally:
             stop.set()
-        versions = [client.result() for client in clients]  # an error of any request is raised here
+        for client in clients:
+            client.result()  # an error of any request is raised here
     for seen in versions:
         assert seen == sorted(seen)
         assert {1, 2} == set(seen)

@@ -17,7 +17,7 @@ processes.set_forkserver_preload(["genrec.cli.train", "genrec.training.stages.al
 
 def start(argv, ranks=1, errors=None):
     """The processes of a run; errors: a file for what they say on stderr."""
-    port = _free_port()
+    port = free_port()
     started = [processes.Process(target=_main, args=(argv, rank, ranks, port, errors)) for rank in range(ranks)]
     for process in started:
         process.start()
@@ -66,7 +66,7 @@ def _main(argv, rank, ranks, port, errors):
     raise SystemExit(main(argv))
 
 
-def _free_port():
+def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import exit_codes, finish, kill_at, start
+from processes import exit_codes, finish, free_port, kill_at, start
 from safetensors.torch import load_file, save_file
 
 from genrec.data.chunks import stream_sequences
@@ -173,6 +173,8 @@ DEEPSPEED = (
     "1",
     "--num_gpus",
     "2",
+    "--master_port",
+    "{port}",
     "--module",
     "genrec",
 )
@@ -183,7 +185,7 @@ DEEPSPEED = (
 )
 def test_launchers(arguments, alone, tmp_path, launcher, engine):
     argv = arguments(tmp_path / "model", micro_batches=PARTS, parallel=engine)
-    command = [sys.executable, "-m", *launcher, *argv]
+    command = [sys.executable, "-m", *(word.format(port=free_port()) for word in launcher), *argv]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

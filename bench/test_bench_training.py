@@ -15,7 +15,7 @@ from bench.demo_model import DEMO, ITEMS, PLAINLY, demo_model, histories, pretra
 from bench.peers.loader import packing_loader, streaming_loader
 from bench.sizes import sizes
 from genrec.data.chunks import stream_sequences
-from genrec.data.sequences import SCHEMA, to_table
+from genrec.data.sequences import PARQUET, SCHEMA, to_table
 from genrec.kernels.library import native_operators
 from genrec.training.loader import read_ahead
 from genrec.training.objectives import next_item_loss
@@ -64,7 +64,7 @@ def test_loader_from_disk(race, tmp_path, row_groups):
     users = small.sequences(small.random_users(5_000, ITEMS, DEMO["max_events"], least=20))
     path = tmp_path / "sequences" / "part-00000-of-00001.parquet"
     path.parent.mkdir()
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, SCHEMA, **PARQUET) as writer:
         for _ in range(row_groups):
             writer.write_table(to_table(users))
     events = row_groups * len(users.item_ids)

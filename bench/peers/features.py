@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from genrec.data.catalogue import save_catalogue
 from genrec.data.config import FeaturesConfig
 from genrec.data.item_features import item_features
-from genrec.data.sequences import to_table
+from genrec.data.sequences import PARQUET, to_table
 from genrec.data.vocabulary import GAP_EDGES, Vocabulary, encode_events
 from genrec.interfaces import Catalogue
 
@@ -72,7 +72,7 @@ def _write_sequences(pl: ModuleType, log: Frame, users: Frame, items: int, confi
     )
     (config.out / "sequences").mkdir(parents=True, exist_ok=True)
     path = config.out / "sequences" / "part-00000-of-00001.parquet"
-    pq.write_table(to_table(sequences), path, compression="zstd")
+    pq.write_table(to_table(sequences), path, **PARQUET)
 
 
 def _pairs(pl: ModuleType, log: Frame, items: int, config: FeaturesConfig) -> dict[str, NDArray[np.int64]]:

@@ -10,7 +10,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import duckdb
@@ -80,9 +79,9 @@ class DuckEngine:
 
 @contextmanager
 def local_database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB on files in a directory of its own, which go with it.
+    """DuckDB in memory; what does not fit it moves to files in a directory of its own, which go with it.
 
-    Raises ValueError for a memory_limit that is none, OSError if it is too little.
+    Raises ValueError for a memory_limit that is none, OSError if it is too little or a disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="genrec-features-") as scratch:
         settings: dict[str, Any] = {
@@ -92,13 +91,18 @@ def local_database(config: FeaturesConfig) -> Iterator[duckdb.DuckDBPyConnection
             "preserve_insertion_order": False,  # or every batch waits for the one before it, in memory
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        with duckdb.connect(Path(scratch) / "log.duckdb", config=given) as connection:
+        with duckdb.connect(config=given) as connection:
             try:
                 connection.execute("SET enable_progress_bar = false")  # it would be drawn into the command's output
                 yield connection
-            except duckdb.OutOfMemoryException:
+            except duckdb.OutOfMemoryException as error:
+                if "max_temp_directory_size" in str(error):  # which is the room that its disk had
+                    folder = f"the folder for temporary files, {tempfile.gettempdir()}, is full"
+                    raise OSError(f"{folder}; set TMPDIR to one with more room, or raise memory_limit") from None
                 limit = config.memory_limit or "80 % of the machine's memory"
                 raise OSError(f"DuckDB needs more memory than memory_limit allows, {limit}; raise it") from None
+            except duckdb.IOException as error:
+                raise OSError(str(error).splitlines()[0]) from None
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -56,9 +56,11 @@ class Source:
         except UnicodeEncodeError:  # JSON can escape what no text can hold
             expected = "half of a surrogate pair (\\ud800 … \\udfff); expected text"
             raise ValueError(f"{self.file.path} holds {expected}") from None
-        except (duckdb.Error, pa.ArrowException, OSError):
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
             if failures:
                 raise failures[0] from None
+            if self.data is None and not isinstance(error, duckdb.OperationalError):  # which is the machine's fault
+                raise ValueError(f"{self.file.path} is damaged ({str(error).splitlines()[0]})") from None
             raise
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from genrec.data.files import atomic_file
-from genrec.data.sequences import SCHEMA, to_table
+from genrec.data.sequences import PARQUET, SCHEMA, to_table
 from genrec.data.tfrecord import encode_examples
 from genrec.data.vocabulary import Vocabulary, encode_events
 from genrec.interfaces import EventSequences
@@ -92,7 +92,7 @@ def _sequences(vocabulary: Vocabulary, events: pa.Table) -> EventSequences:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Callable[[pa.Table], object]]:
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, SCHEMA, **PARQUET) as writer:
         yield writer.write_table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,11 @@ SCHEMA = pa.schema(
         ("timestamps", pa.list_(pa.int64())),
     ]
 )
+# Dictionaries for the columns of few values alone: those of items and times would be as large as the columns.
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["user_id", "type_ids.list.element", "positions.list.element", "ratings.list.element"],
+}
 
 
 RowGroups = Mapping[Path, Sequence[int] | None]  # of part files, None for all of a file

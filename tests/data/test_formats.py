@@ -5,6 +5,8 @@ import io
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,6 +239,16 @@ def test_refused_names(build, tmp_path):
         build({"log.csv": LOG}, "log.csv", user="who")
     with pytest.raises(ValueError, match=r"log\.csv: column 'item' cannot be both user and item"):
         build({"log.csv": LOG}, "log.csv", user="item")
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(build):
+    rows = pa.table({"user": [f"u{i % 500}" for i in range(20_000)], "item": [f"i{i % 300}" for i in range(20_000)]})
+    written = io.BytesIO()
+    pq.write_table(rows, written)
+    content = bytearray(written.getvalue())
+    content[20:2000] = bytes(1980)  # the footer is whole
+    with pytest.raises(ValueError, match=r"log\.parquet is damaged \(.+\)$"):
+        build({"log.parquet": bytes(content)}, "log.parquet")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,6 +56,17 @@ def test_peak_memory_stays_below_the_limit(skewed_log, tmp_path):
     sequences = load_sequences(tmp_path / "out")
     lengths = dict(zip(sequences.user_ids.tolist(), np.diff(sequences.cu_events).tolist(), strict=True))
     assert lengths == {f"{'user' * 8}-{user}": min(count, 200) for user, count in enumerate(counts) if count >= 3}
+
+
+def test_a_full_folder_for_temporary_files_is_named(skewed_log, tmp_path, monkeypatch):
+    connect = duckdb.connect
+    full = {"max_temp_directory_size": "1MB", "memory_limit": "50MB"}
+    monkeypatch.setattr("duckdb.connect", lambda config: connect(config=config | full))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = FeaturesConfig(skewed_log[0], tmp_path / "out", text_dim=0)
+    with pytest.raises(OSError, match=rf"^the folder for temporary files, {tmp_path}, is full; set TMPDIR to one with"):
+        build_features(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_do_not_depend_on_how_they_are_cut(movielens, movielens_features, tmp_path, monkeypatch):

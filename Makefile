@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+JOBS ?= 2
 # Every tensor in an allocation of its own, or an access past the end would land in a neighbour unseen.
 SANITIZER := GENREC_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
@@ -47,8 +48,8 @@ peers: $(VENV)/.peers  ## the packages that the benchmarks race against
 
 serve-env: .venv-serve/.installed  ## the environment of Triton Inference Server, 450 MB
 
-test: peers serve-env  ## every test, with coverage, and every benchmark once
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+test: peers serve-env  ## every test, with coverage, JOBS=2 files at a time, and every benchmark once
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
 	$(BIN)/python -m pytest bench
 
 sanitize: install  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer; builds them twice more, some five minutes

@@ -30,6 +30,7 @@ _SETTINGS = {
     "spark.app.name": "genrec features",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "OFF",  # what goes wrong becomes a sentence
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
@@ -124,9 +125,7 @@ def spark_engine(config: FeaturesConfig) -> Iterator[SparkEngine]:
     running = SparkSession.getActiveSession()
     with _one_sentence():
         session = SparkSession.builder.config(conf=settings).getOrCreate()
-    if here:
-        session.sparkContext.setLogLevel("OFF")  # what goes wrong becomes a sentence
-        logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+    logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     try:
         yield SparkEngine(session)
     finally:

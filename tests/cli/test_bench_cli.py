@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def benchmark(*arguments):
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark", "--bench-size=smoke", "--bench-op=moe"]
+    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name} | {"NO_COLOR": "1"}
     return subprocess.run(
-        [*command, "--bench-seconds=0.01", *arguments], cwd=ROOT, env={**os.environ, "NO_COLOR": "1"},
+        [*command, "--bench-seconds=0.01", *arguments], cwd=ROOT, env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

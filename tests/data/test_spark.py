@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -124,6 +125,34 @@ def test_extended_vocabulary(engine, tmp_path):
     assert_the_same(tmp_path, tmp_path / "new.csv", extend=tmp_path / "old", **settings)
     written = json.loads((tmp_path / "spark" / "vocabulary.json").read_text())
     assert (written["version"], written["action_names"]) == (2, ["view", "buy"])
+
+
+@needs_java
+def test_a_cluster(tmp_path):
+    """A master and two workers, whose executors are processes with a Python of their own: only files are shared."""
+    log = tmp_path / "log"
+    log.mkdir()
+    rows = awkward_rows()
+    for number in range(3):
+        (log / f"{number}.csv").write_text(text_of(rows[200 * number : 200 * (number + 1)], ","))
+    settings = {"max_malformed": "200", "rows_per_file": "2", "text_dim": "0", "cooccurrence_dim": "4", "action": "did"}
+    common = [
+        "features",
+        "--events",
+        str(log),
+        *(word for key, value in settings.items() for word in (f"--{key}", value)),
+    ]
+    assert main([*common, "--out", str(tmp_path / "duckdb")]) == 0
+    cluster = SETTINGS | {"spark.master": "local-cluster[2,1,1024]", "spark.local.dir": str(tmp_path / "scratch")}
+    on_spark = ["--engine", "spark", "--spark", json.dumps(cluster), "--out", str(tmp_path / "spark")]
+    environment = os.environ | {"PYSPARK_PYTHON": sys.executable, "SPARK_WORKER_DIR": str(tmp_path / "work")}
+    command = [sys.executable, "-m", "genrec", *common, *on_spark]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARN" not in done.stderr.split("reading", 1)[1]  # Spark's own log says nothing
+    assert contents(tmp_path / "duckdb") == contents(tmp_path / "spark")
 
 
 @needs_java

@@ -14,8 +14,6 @@ import traceback
 from argparse import RawDescriptionHelpFormatter
 from typing import Any, get_type_hints
 
-from safetensors import SafetensorError
-
 COMMANDS = {
     "features": "raw event logs → event sequences, vocabulary and item features (Parquet)",
     "tokenize": "item features → semantic ids (RQ-VAE)",
@@ -51,8 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"genrec {command}", str(error), 2)
     except OSError as error:
         return _fail(f"genrec {command}", str(error), 3)
-    except SafetensorError as error:  # what is read is checked where it is read: this is a write that failed
-        return _fail(f"genrec {command}", f"weights could not be written ({error})", 3)
     except Exception as error:
         return _fail(f"genrec {command}", f"unexpected {type(error).__name__}: {error}", 1)
 

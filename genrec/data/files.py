@@ -3,6 +3,7 @@ back, with errors that name the file."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,16 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is synced and takes the name `path`."""
+    """Yield a temporary path beside `path`; when the block ends well it is synced and takes the name `path`.
+
+    OSError names `path` where it did not fit on its disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
         _sync(temporary)
         temporary.replace(path)
@@ -35,7 +42,8 @@ def atomic_directory(path: Path, overwrite: bool = False, inputs: Sequence[Path]
     """Yield a temporary directory beside `path`; when the block ends well it takes the name `path`.
 
     What stood there before is moved aside first and removed last. Raises FileExistsError if `path` is a file, holds
-    something and `overwrite` is False, or holds one of `inputs`, which overwriting would delete.
+    something and `overwrite` is False, or holds one of `inputs`, which overwriting would delete; OSError
+    names `path` where it did not fit on its disk.
     """
     target = path.resolve()  # what a link names is replaced, not the link; "." has no name of its own
     _refuse_existing(path, overwrite)
@@ -46,7 +54,8 @@ def atomic_directory(path: Path, overwrite: bool = False, inputs: Sequence[Path]
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -85,6 +94,21 @@ def read_json(path: Path, writer: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What cannot be written says where it was to go: the libraries that write know descriptors and temporary names."""
+    try:
+        yield
+    except SafetensorError as error:  # what is read is checked where it is read
+        raise OSError(f"{path} could not be written ({error})") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        failure = OSError(f"{path} could not be written ({os.strerror(error.errno)})")
+        failure.errno = error.errno  # for the directory around it, whose name is not temporary
+        raise failure from None
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -1,9 +1,12 @@
 """Files and directories appear whole or not at all."""
 
+import resource
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from genrec.data.files import atomic_directory, atomic_file, locked, read_json
 
@@ -30,6 +33,26 @@ def test_file_is_untouched_when_the_block_fails(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def save_tensor(path):
+    save_file({"x": np.zeros(2000)}, path)
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(bytes(5000)), save_tensor], ids=["bytes", "tensor"])
+def test_what_does_not_fit_is_named(tmp_path, write):
+    """By the name that it was to have."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        for whole in (atomic_file, atomic_directory):
+            expected = pytest.raises(OSError, match=r"/wanted could not be written \(.*File too large")
+            with expected as raised, whole(tmp_path / "wanted") as path:
+                write(path / "file" if path.is_dir() else path)
+            assert "Errno" not in str(raised.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_directory_replaces_only_on_request(tmp_path):

@@ -1,6 +1,10 @@
 """kill -9 at any moment, --resume true: the same losses and the same weights as a run that was never stopped."""
 
 import json
+import re
+import resource
+import subprocess
+import sys
 
 import pytest
 from processes import exit_codes, finish, kill_at, start
@@ -62,6 +66,26 @@ def test_killed_in_every_stage_with_damaged_files(arguments, straight, tmp_path)
     kill_at(arguments(out, resume=True), "align", 3)
     for file in (out / "checkpoints" / "align").glob("step-*/state.json"):
         file.write_text("")  # none is whole: the stage starts over
+    finish(arguments(out, resume=True))
+    same_run(straight, out)
+
+
+def test_a_disk_that_fills_up(arguments, straight, tmp_path):
+    """No file may be larger than the weights, as an optimizer's state is: one sentence, nothing half written, and the
+    run goes on where there is room."""
+    out, most = tmp_path / "model", int(1.1 * (straight / "model.safetensors").stat().st_size)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    command = [sys.executable, "-m", "genrec", *arguments(out)]
+    done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    message = done.stderr.splitlines()[-1]
+    assert re.search(
+        r"^genrec train: error: .*/checkpoints/pretrain/step-00000002 could not be written \(.+\)$", message
+    )
+    assert [path.name for path in (out / "checkpoints" / "pretrain").iterdir()] == ["best.safetensors"]
     finish(arguments(out, resume=True))
     same_run(straight, out)
 

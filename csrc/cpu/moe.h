@@ -1,4 +1,4 @@
-// Mixture of experts: what a unit offers and moe.cpp calls.
+// Mixture of experts: what a unit offers, and moe.cpp and moe_route.cpp call.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// ReLU attention of one head of one sequence: what a unit offers and relu_attention.cpp calls.
+// ReLU attention of one head of one sequence: what a unit offers and relu_attention_problem.h calls.
 #pragma once
 
 #include <cstdint>

@@ -16,6 +16,10 @@ namespace genrec {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The dtype of what kernels compute in.
+template <typename C> constexpr ScalarType kType = ScalarType::Float;
+template <> inline constexpr ScalarType kType<double> = ScalarType::Double;
+
 // Every call through the dispatcher costs more than a microsecond: none where there is nothing to do.
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);

@@ -9,6 +9,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from genrec.data.vocabulary import load_vocabulary
 from genrec.generation.storage import load_model, read_model_json, save_model
 from genrec.models.ugt import UGT, ModelVocabulary
 from genrec.training.config import TrainConfig
-from genrec.training.log import MetricsLog, NoLog
+from genrec.training.log import MetricsLog, NoLog, read_metrics
 from genrec.training.loop import Plan, Progress, run_stage
 from genrec.training.ranks import Ranks, joined
 from genrec.training.stages import Stage, build_stage
@@ -115,17 +116,21 @@ def _finish_stage(
         if validator is not None:
             record |= {"best_step": progress.best_step, "best": progress.best}
             record |= {"before": progress.before, "after": progress.after}
-            _report(name, progress, ranks)
+            if ranks.first:
+                say(ranks, _report(name, progress, read_metrics(config.out / "metrics.jsonl")))
         ranks.on_first(lambda: _keep_stage(done, weights, record))
     model.load_state_dict(load_file(done / "model.safetensors"))
     return json.loads((done / "stage.json").read_text())
 
 
-def _report(name: str, progress: Progress, ranks: Ranks) -> None:
-    """What the stage changed on the validation events, in one line."""
+def _report(name: str, progress: Progress, logged: list[dict[str, Any]]) -> str:
+    """What the stage changed on the validation events, in one line; where it has a reward also that, which begins at 0, as
+    the mean of the last quarter of the lines that it logged."""
     shown = ("recall@10", "ndcg@10", "liked_ndcg@10", "validity")
-    changes = (f"{key} {progress.before[key]:.4f} → {progress.after[key]:.4f}" for key in shown)
-    say(ranks, f"{name}, validation: {', '.join(changes)}")
+    changes = [f"{key} {progress.before[key]:.4f} → {progress.after[key]:.4f}" for key in shown]
+    if rewards := [row["reward"] for row in logged if row["stage"] == name and "reward" in row]:
+        changes.append(f"reward of training 0 → {mean(rewards[len(rewards) * 3 // 4 :]):.4f}")
+    return f"{name}, validation: {', '.join(changes)}"
 
 
 def _keep_stage(directory: Path, weights: dict[str, Tensor], record: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """genrec train as a user types it."""
 
 import json
+import re
 
 import pytest
 import small
 import yaml
 
 from genrec.cli import main
+from genrec.training.log import read_metrics
 
 
 def settings(trained, out, **changes):
@@ -65,6 +67,20 @@ def test_shipped_sizes_are_understood(name, trained, tmp_path, refused):
     size = small.MOVIELENS.parents[1] / "configs" / "ugt" / f"{name}.yaml"
     values = {"features": "nowhere", "semantic_ids": "nowhere", "out": tmp_path, "model": size}
     refused(["train", *words(values)], 2, "nowhere")
+
+
+def test_every_stage_says_what_it_changed(trained, tmp_path, capsys):
+    assert main(["train", *words(settings(trained, tmp_path / "model"))]) == 0
+    number = r"(-?\d\.\d{4})"
+    changes = ", ".join(rf"{key} {number} → {number}" for key in ("recall@10", "ndcg@10", "liked_ndcg@10", "validity"))
+    said = capsys.readouterr().err
+    for stage in ("pretrain", "finetune"):
+        assert re.search(rf"^{stage}, validation: {changes}$", said, re.MULTILINE)
+    expected = rf"^align, validation: {changes}, reward of training 0 → {number}$"
+    *_, reward = re.search(expected, said, re.MULTILINE).groups()
+    rows = [row["reward"] for row in read_metrics(tmp_path / "model" / "metrics.jsonl") if "reward" in row]
+    assert min(rows) <= float(reward) + 1e-4
+    assert float(reward) <= max(rows) + 1e-4
 
 
 def test_second_run_into_the_same_directory(trained, refused):

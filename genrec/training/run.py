@@ -124,8 +124,8 @@ def _finish_stage(
 
 
 def _report(name: str, progress: Progress, logged: list[dict[str, Any]]) -> str:
-    """What the stage changed on the validation events, in one line; where it has a reward also that, which begins at 0, as the
-    mean of the last quarter of the lines that it logged."""
+    """What the stage changed on the validation events, in one line; where it has a reward also that, which begins at 0:
+    the mean of the last quarter of the lines that it logged."""
     shown = ("recall@10", "ndcg@10", "liked_ndcg@10", "validity")
     changes = [f"{key} {progress.before[key]:.4f} → {progress.after[key]:.4f}" for key in shown]
     if rewards := [row["reward"] for row in logged if row["stage"] == name and "reward" in row]:

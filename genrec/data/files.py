@@ -30,8 +30,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with _naming(path):
             yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
-        _sync(temporary)
+            temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+            _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,10 +56,10 @@ def atomic_directory(path: Path, overwrite: bool = False, inputs: Sequence[Path]
     try:
         with _naming(path):
             yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
         _refuse_existing(path, overwrite)  # another run may have finished meanwhile
         if target.exists():
             target.rename(replaced)
